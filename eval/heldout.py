@@ -1,0 +1,266 @@
+"""Held-out evaluation of a training run: before, now and then, and after; and stage=eval.
+
+The same prompts, noise, sampler, steps and guidance each time, so that every comparison is paired. The
+ceiling beside a score is the same scorer's result on the held-out signs themselves after the
+autoencoder's round trip: no generator can be expected to beat it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.records import Fingerprint, Results, Score, compare, summarise
+from eval.suite import Suite, table
+from flux2.data.loader import Collator
+from flux2.data.record import Dataset, Record
+from flux2.errors import InputError
+from flux2.generate import Sampler, buckets
+from flux2.log import Log, grid
+from flux2.model import Flux2
+from flux2.types import Metric, Velocity
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation: its records, and the first images with their prompts."""
+
+    results: Results
+    images: Tensor
+    prompts: tuple[str, ...]
+
+
+@dataclass
+class HeldOut:
+    """Evaluation on held-out prompts, and the hook of a training run.
+
+    Attributes:
+        dataset: prompts with ground truth; the first `prompts` records are used.
+        sampler: of all evaluations.
+        metrics: key → metric. trained_on: keys whose values training maximises.
+        prompts: how many. noises: samples a prompt.
+        seed: of the noise.
+        every: steps between evaluations in training; 0: before and after only.
+        shown: images of the before/after picture.
+        control: value → gain of the control that the recipe stores, shown beside ours.
+    """
+
+    dataset: Dataset
+    sampler: Sampler
+    metrics: Mapping[str, Metric]
+    trained_on: Sequence[str] = ()
+    prompts: int = 400
+    noises: int = 1
+    seed: int = 1234
+    every: int = 0
+    shown: int = 24
+    headline: Sequence[str] = ()
+    control: Mapping[str, Any] | None = None
+    _history: dict[int, Evaluated] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("prompts", self.prompts), ("noises", self.noises)):
+            if value < 1:
+                raise InputError(f"evaluation.{name} is {value}: it must be at least 1")
+        self.prompts = min(self.prompts, len(self.dataset))
+        self.suite = Suite(dict(self.metrics), tuple(self.trained_on))
+
+    # ------------------------------------------------------------ one evaluation
+
+    def records(self) -> list[Record]:
+        """The held-out records, in order."""
+        return [self.dataset[i] for i in range(self.prompts)]
+
+    def evaluate(self, model: Flux2, velocity: Velocity, label: str) -> Evaluated:
+        """Samples every (prompt, noise) pair and scores it."""
+        scores: list[Score] = []
+        images: list[Tensor] = []
+        prompts: list[str] = []
+        grids: set[str] = set()
+        bar = tqdm(total=self.prompts * self.noises, desc=label, leave=False, dynamic_ncols=True,
+                   disable=None)  # fmt: skip
+        collate = Collator(model, latents=False, unconditional=self.sampler.guidance != 1)
+        for group in buckets(self.records()):
+            rows = [r for r in group for _ in range(self.noises)]
+            ids = torch.tensor([r.id * self.noises + k for r in group for k in range(self.noises)])
+            seeds = [k for _ in group for k in range(self.noises)]
+            batch = collate(rows, ids)
+            latents = self.sampler(velocity, batch, self.seed, bar.update)
+            pixels = model.codec.decode(latents, batch.grid)
+            scores += self.suite.score(pixels, batch, seeds)
+            grids.add(self.sampler.grid(batch.shape[0]).hash)
+            if not images:
+                images.append(pixels[: self.shown])
+                prompts += batch.prompts[: self.shown]
+        bar.close()
+        results = Results(tuple(scores), self._fingerprints(scores, "+".join(sorted(grids))))
+        return Evaluated(results, torch.cat(images), tuple(prompts))
+
+    def ceilings(self, model: Flux2) -> dict[str, float]:
+        """Each value on the held-out targets after the autoencoder's round trip."""
+        scores: list[Score] = []
+        collate = Collator(model, text=False, latents=True)
+        for group in buckets(self.records()):
+            batch = collate(group, torch.tensor([r.id for r in group]))
+            assert batch.x0 is not None
+            pixels = model.codec.decode(batch.x0, batch.grid)
+            scores += self.suite.score(pixels, batch, 0)
+        return {name: row["mean"] for name, row in summarise(scores).items()}
+
+    def _fingerprints(self, scores: Sequence[Score], grid_hash: str) -> dict[str, Fingerprint]:
+        text = json.dumps([r.prompt for r in self.records()])
+        reference = hashlib.sha256(text.encode()).hexdigest()[:12]
+        solver = f"{self.sampler.solver}{self.sampler.steps}:{grid_hash}"
+        engines = {s.metric: "" for s in scores}
+        n = self.prompts * self.noises
+        return {
+            name: Fingerprint(name, engine, n, reference, solver, float(self.sampler.guidance))
+            for name, engine in engines.items()
+        }
+
+    # ------------------------------------------------------------ beside a training run
+
+    def start(self, cfg: Any, model: Flux2, roles: Any, log: Log, step: int) -> None:
+        """Evaluates the model as it is; a resumed run reads what it measured before."""
+        self._model, self._role, self._log = model, roles[roles.trainable[0]], log
+        self._folder = Path(cfg.run.dir) / "evaluation"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._folder.glob("step_*.jsonl")):
+            at = int(path.stem.removeprefix("step_"))
+            if at <= step:
+                shots = torch.load(path.with_suffix(".pt"), weights_only=True)
+                self._history[at] = Evaluated(
+                    Results.load(path), shots["images"], tuple(shots["prompts"])
+                )
+        if 0 not in self._history:
+            self._measure(0)
+
+    def after_step(self, step: int) -> None:
+        """The loop's hook."""
+        if self.every and step % self.every == 0:
+            self._measure(step)
+
+    def _measure(self, step: int) -> dict[str, float]:
+        shot = self.evaluate(self._model, self._role, f"evaluating at step {step}")
+        shot.results.save(self._folder / f"step_{step:06d}.jsonl")
+        torch.save(
+            {"images": shot.images, "prompts": list(shot.prompts)},
+            self._folder / f"step_{step:06d}.pt",
+        )
+        self._history[step] = shot
+        means = {name: row["mean"] for name, row in summarise(shot.results.scores).items()}
+        shown = self.headline or list(means)[:4]
+        self._log.print(
+            f"step {step}: held-out "
+            + ", ".join(f"{n} {means[n]:.3f}" for n in shown if n in means)
+        )
+        return means
+
+    def finish(self, step: int) -> dict[str, Any]:
+        """Evaluates the result, prints the table before/after, draws pictures; the summary."""
+        if step not in self._history:
+            self._measure(step)
+        before, after = self._history[0], self._history[step]
+        changes, ceilings = compare(before.results, after.results), self.ceilings(self._model)
+        trained = {s.metric for s in after.results.scores if s.trained_on}
+        header = ["held-out", "before", "after", "gain", "95 % interval", "p (Holm)", "ceiling"]
+        header += ["control"] if self.control else []
+        rows = []
+        for name, c in changes.items():
+            row = [
+                name + ("*" if name in trained else ""),
+                f"{c['before']:.3f}", f"{c['after']:.3f}", f"{c['gain']:+.3f}",
+                f"{c['low']:+.3f} … {c['high']:+.3f}", f"{c['p_holm']:.3g}",
+                f"{ceilings.get(name, float('nan')):.3f}",
+            ]  # fmt: skip
+            if self.control:
+                gain = self.control.get(name)
+                row.append("-" if gain is None else f"{gain:+.3f}")
+            rows.append(row)
+        text = self._log.table(header, rows)
+        self._log.print(f"\n{text}")
+        n = self.prompts * self.noises
+        note = f"{n} (prompt, noise) pairs, paired by prompt and noise; * rewarded in training"
+        if self.control:
+            note += "; control: gain of pretraining continued for the same time"
+        self._log.print(note)
+        (self._folder / "table.txt").write_text(f"{text}\n{note}\n")
+        pictures = self._pictures(before, after, step)
+        return {
+            "before": {k: c["before"] for k, c in changes.items()},
+            "after": {k: c["after"] for k, c in changes.items()},
+            "change": changes,
+            "ceiling": ceilings,
+            "control": dict(self.control or {}),
+            "pictures": pictures,
+        }
+
+    def _pictures(self, before: Evaluated, after: Evaluated, step: int) -> dict[str, str]:
+        pairs = torch.stack([before.images, after.images], 1).flatten(0, 1)
+        captions = [c for p in before.prompts for c in (f"before: {p}", "after")]
+        name = self._log.image("before_after", pairs, captions, columns=8)
+        out = {"before_after": str(name)}
+        steps, rewards = self._log.history("reward")
+        if steps:
+            curves: dict[str, Any] = {"reward in training": (steps, rewards)}
+            for key in ("ocr_exact",):
+                xs = sorted(self._history)
+                ys = [_mean(self._history[x].results.scores, key) for x in xs]
+                curves[f"held-out {key}"] = (xs, ys)
+            path = self._folder.parent / "samples" / "reward.png"
+            out["curve"] = str(self._log.curve(path, curves))
+        for what, path in out.items():
+            self._log.print(f"{what}: {path}")
+        return out
+
+    def close(self) -> None:
+        """Ends the processes of metrics that have some."""
+        for metric in self.metrics.values():
+            inner = getattr(metric, "metric", metric)
+            if hasattr(inner, "close"):
+                inner.close()
+
+
+def _mean(scores: Sequence[Score], name: str) -> float:
+    values = [s.value for s in scores if s.metric == name and s.value == s.value]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def evaluate(cfg: Any) -> dict[str, Any]:
+    """stage=eval: a model's or a run's scores on held-out prompts, with ceilings and pictures."""
+    from flux2.adapters import Switch
+    from flux2.checkpoint import Run
+    from flux2.engine import pick_device
+    from flux2.model import AUTOCAST, check_model, load_initial
+    from flux2.roles import VelocityRole
+    from flux2.train import build
+
+    check_model(cfg.model)
+    held: HeldOut = build(cfg.evaluation)
+    run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)
+    try:
+        model = load_initial(cfg, device)
+        role = VelocityRole(
+            model.transformer, Switch(model.transformer), None, AUTOCAST[cfg.engine.autocast]
+        )
+        shot = held.evaluate(model, role, "evaluating")
+        ceilings = held.ceilings(model)
+        summary = held.suite.report(
+            shot.results.scores, run.path, shot.results.fingerprints, ceilings
+        )
+        print(table(summary, ceilings))
+        (run.path / "samples").mkdir(exist_ok=True)
+        path = run.path / "samples" / "grid.png"
+        grid(shot.images, shot.prompts, None).save(path)
+        print(f"records: {run.path / 'records.jsonl'}\nimages: {path}")
+        return {"stage": "eval", "metrics": summary, "ceiling": ceilings}
+    finally:
+        held.close()

@@ -1,0 +1,1 @@
+"""Records, readers, the deterministic sampler, and the sign world."""

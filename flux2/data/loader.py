@@ -1,0 +1,144 @@
+"""Records → the batch of a step, encoded for a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux2.data.record import Dataset, Record, UnreadableRecord
+from flux2.data.sampler import IndexSampler
+from flux2.errors import InputError
+from flux2.latents import grid_ids, reference_ids
+from flux2.model import Flux2
+from flux2.rng import keyed
+from flux2.text import text_ids
+from flux2.types import Batch, Condition
+
+
+def stack_images(images: Sequence[np.ndarray]) -> Tensor:
+    """h w 3 uint8 each → b 3 h w uint8."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Encodes records of one bucket with a model.
+
+    Attributes:
+        text: make the condition; off for the autoencoder.
+        latents: encode targets; off where the method makes its own samples.
+        images: keep target pixels.
+        unconditional: also make the unconditional branch, for classifier-free guidance.
+    """
+
+    model: Flux2
+    text: bool = True
+    latents: bool = True
+    images: bool = False
+    unconditional: bool = False
+
+    def __call__(
+        self, records: Sequence[Record], ids: Tensor, dropped: Sequence[bool] = ()
+    ) -> Batch:
+        """ids: b sample ids; dropped: whose captions become the empty prompt."""
+        device, codec = self.model.device, self.model.codec
+        targets = [r.target for r in records]
+        if any(t is None for t in targets):
+            raise InputError("a record has no target image: give data with images, or with sizes")
+        pixels = stack_images([t for t in targets if t is not None])
+        grid = (pixels.shape[-2] // codec.patch, pixels.shape[-1] // codec.patch)
+        prompts = tuple(r.prompt for r in records)
+        seen = ["" if i < len(dropped) and dropped[i] else p for i, p in enumerate(prompts)]
+        return Batch(
+            ids=ids,
+            prompts=prompts,
+            cond=self._condition(records, seen, grid) if self.text else None,
+            groups=torch.tensor([r.id for r in records]),
+            meta=tuple(_meta(r) for r in records),
+            grid=grid,
+            channels=codec.mean.numel(),
+            x0=codec.encode(pixels.to(device)) if self.latents else None,
+            images=pixels if self.images else None,
+            weight=torch.full((len(records),), 1 / len(records)),
+        )
+
+    def _condition(
+        self, records: Sequence[Record], prompts: Sequence[str], grid: tuple[int, int]
+    ) -> Condition:
+        device, text = self.model.device, self.model.text
+        b, length = len(records), text.max_length
+        ref = ref_ids = None
+        if records[0].references:
+            count = len(records[0].references)
+            encoded = [
+                self.model.codec.encode(stack_images([r.references[k] for r in records]).to(device))
+                for k in range(count)
+            ]
+            ref = torch.cat(encoded, 1)
+            patch = self.model.codec.patch
+            grids = [(i.shape[0] // patch, i.shape[1] // patch) for i in records[0].references]
+            ref_ids = reference_ids(grids, device).expand(b, -1, -1)
+        shared = {
+            "text_ids": text_ids(b, length, device),
+            "ids": grid_ids(grid, device=device).expand(b, -1, -1),
+            "ref": ref,
+            "ref_ids": ref_ids,
+        }
+        null = None
+        if self.unconditional:
+            null = Condition(text=text([""], device).expand(b, -1, -1), **shared)
+        return Condition(text=text(prompts, device), null=null, **shared)
+
+
+def _meta(record: Record) -> dict[str, object]:
+    """The record's ground truth; an edit also carries what must stay: its source and mask."""
+    meta = dict(record.meta)
+    if record.mask is not None and record.references:
+        meta |= {"mask": record.mask, "source": record.references[-1]}
+    return meta
+
+
+@dataclass
+class Loader:
+    """The global batch of a step, by its number.
+
+    Unreadable records are counted, told once each, and replaced by the next readable one of the batch.
+    """
+
+    dataset: Dataset
+    collate: Collator
+    batch_size: int
+    seed: int
+    caption_dropout: float = 0.0
+    unreadable: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise InputError(f"data.caption_dropout is {self.caption_dropout}: give 0 to 1")
+        self._sampler = IndexSampler(self.dataset, self.batch_size, self.seed)
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step; the same for the same (seed, step)."""
+        records = self._read(self._sampler(step))
+        u = keyed(self.seed, "caption_dropout", step).random(len(records))
+        return self.collate(records, torch.arange(len(records)), (u < self.caption_dropout).tolist())
+
+    def _read(self, indices: Sequence[int]) -> list[Record]:
+        found: list[Record | None] = []
+        for index in indices:
+            try:
+                found.append(self.dataset[index])
+            except UnreadableRecord as error:
+                if index not in self.unreadable:
+                    print(f"left out record {index}: {error}", file=sys.stderr)
+                self.unreadable.add(index)
+                found.append(None)
+        readable = [r for r in found if r is not None]
+        if not readable:
+            raise InputError("no record of a whole batch could be read: check data")
+        return [r if r is not None else readable[i % len(readable)] for i, r in enumerate(found)]

@@ -1,0 +1,135 @@
+"""Images from a model: the sampler as configuration describes it, and stage=sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux2.errors import InputError
+from flux2.rng import Rng
+from flux2.samplers import guided, sample_euler, sample_heun
+from flux2.schedule import EmpiricalShift, Grid, Schedule
+from flux2.types import Batch, Velocity
+
+SOLVERS = {"euler": sample_euler, "heun": sample_heun}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn; the same object before and after, in evaluation and in stage=sample.
+
+    Attributes:
+        steps: N. guidance: classifier-free; 1 is none.
+        solver: euler or heun.
+        chunk: samples at a time.
+    """
+
+    steps: int = 50
+    guidance: float = 4.0
+    solver: str = "euler"
+    chunk: int = 64
+    schedule: Schedule = field(default_factory=EmpiricalShift)
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise InputError(f"sampler.solver is {self.solver!r}: choose from {', '.join(SOLVERS)}")
+        if self.chunk < 1:
+            raise InputError(f"sampler.chunk is {self.chunk}: it must be at least 1")
+        if self.guidance < 0:
+            raise InputError(f"sampler.guidance is {self.guidance}: it must be at least 0 (1: none)")
+        self.schedule(self.steps, 1)
+
+    def grid(self, tokens: int) -> Grid:
+        """The sigmas for a target of so many tokens."""
+        return self.schedule(self.steps, tokens)
+
+    @torch.no_grad()
+    def __call__(
+        self, velocity: Velocity, batch: Batch, seed: int, done: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Latents b n c of a batch, whose noise is keyed by (seed, sample id) alone."""
+        rng, grid, out = Rng(seed, 0), self.grid(batch.shape[0]), []
+        call = guided(velocity, self.guidance)
+        for part in batch.split(self.chunk):
+            assert part.cond is not None
+            noise = rng("sample", part.ids, part.shape).to(part.cond.text.device)
+            out.append(SOLVERS[self.solver](call, noise, part.cond, grid))
+            if done is not None:
+                done(len(part))
+        return torch.cat(out)
+
+
+def buckets(records: list[Any]) -> Iterator[list[Any]]:
+    """Records by bucket, in order of first occurrence."""
+    found: dict[Any, list[Any]] = {}
+    for record in records:
+        found.setdefault(record.bucket, []).append(record)
+    yield from found.values()
+
+
+def sample(cfg: Any) -> Mapping[str, Any]:
+    """stage=sample: images of `prompts`, or of a dataset's first records, with what made them."""
+    from PIL import Image
+
+    from flux2.adapters import Switch
+    from flux2.checkpoint import Run
+    from flux2.data.loader import Collator
+    from flux2.data.record import Record
+    from flux2.engine import pick_device
+    from flux2.log import grid as picture
+    from flux2.model import AUTOCAST, check_model, load_initial
+    from flux2.roles import VelocityRole
+    from flux2.train import build
+
+    if cfg.count < 1:
+        raise InputError(f"count is {cfg.count}: it must be at least 1")
+    check_model(cfg.model)
+    sampler: Sampler = build(cfg.sampler)
+    run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)
+    if cfg.prompts:
+        blank = blank_image(cfg.height, cfg.width)
+        records = [Record(i, str(p), blank) for i, p in enumerate(cfg.prompts)]
+    else:
+        dataset = build(cfg.data.dataset)
+        records = [dataset[i] for i in range(min(cfg.count, len(dataset)))]
+        cfg.count = 1
+    model = load_initial(cfg, device)
+    role = VelocityRole(
+        model.transformer, Switch(model.transformer), None, AUTOCAST[cfg.engine.autocast]
+    )
+    collate = Collator(model, latents=False, unconditional=sampler.guidance != 1)
+    images, captions, notes = [], [], []
+    for group in buckets(records):
+        rows = [r for r in group for _ in range(cfg.count)]
+        ids = torch.tensor([r.id * cfg.count + k for r in group for k in range(cfg.count)])
+        batch = collate(rows, ids)
+        pixels = model.codec.decode(sampler(role, batch, cfg.seed), batch.grid)
+        for row, ident, image in zip(rows, ids.tolist(), pixels, strict=True):
+            name = f"{ident:05d}.png"
+            (run.path / "samples").mkdir(exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(run.path / "samples" / name)
+            notes.append({"file": name, "prompt": row.prompt, "seed": cfg.seed, "id": ident})
+        images.append(pixels)
+        captions += [r.prompt for r in rows]
+    (run.path / "samples" / "samples.jsonl").write_text("".join(json.dumps(n) + "\n" for n in notes))
+    path = run.path / "samples" / "grid.png"
+    if len({i.shape[1:] for i in images}) == 1:
+        picture(torch.cat(images)[:64], captions[:64], None).save(path)
+        print(f"{len(notes)} images in {path.parent}, together in {path}")
+    run.update(model_role=cfg.model.role, schedule_hash=sampler.grid(batch.shape[0]).hash)
+    return {"stage": "sample", "images": len(notes), "folder": str(path.parent)}
+
+
+def blank_image(height: int, width: int) -> Any:
+    """A target that only says its size. Raises InputError unless both are multiples of 16."""
+    import numpy as np
+
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        raise InputError(f"height={height} width={width}: give multiples of 16, at least 16")
+    return np.zeros((height, width, 3), np.uint8)

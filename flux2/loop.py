@@ -1,0 +1,72 @@
+"""The training loop. There is one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from flux2.checkpoint import Interrupt
+from flux2.engine import Engine
+from flux2.log import Log
+from flux2.rng import Rng
+from flux2.types import Batch, Method
+
+
+class Hook(Protocol):
+    """Something that looks at the run after a step, and may end it by returning True."""
+
+    def __call__(self, step: int) -> bool | None:
+        """step: steps done."""
+        ...
+
+
+def fit(
+    engine: Engine,
+    method: Method,
+    data: Callable[[int], Batch],
+    log: Log,
+    *,
+    steps: int,
+    seed: int,
+    save: Callable[[int], None],
+    save_every: int,
+    hooks: tuple[Hook, ...] = (),
+    budget: float | None = None,
+) -> None:
+    """Runs `method` from engine.step to `steps`.
+
+    Args:
+        data: the global batch of a step, by its number.
+        save: writes a checkpoint; called every `save_every` steps (0: never in between) and at the
+            end, also when interrupted.
+        budget: seconds after which the run ends early, though whole; None: no limit.
+    """
+    begun = time.monotonic()
+    with Interrupt() as stop:
+        for step in range(engine.step, steps):
+            started = time.monotonic()
+            rng, batch = Rng(seed, step), data(step)
+            for update in method.collect(engine.roles, batch, rng):
+                for turn in method.turns:
+                    if (step + 1) % turn.every:
+                        continue
+                    with engine.turn(turn.role):
+                        for micro in update:
+                            loss, metrics = turn.loss(engine.roles, micro, rng)
+                            engine.backward(loss, last=micro is update[-1])
+                            log.log(step, metrics)
+            engine.step = step + 1
+            log.log(step, {**engine.metrics(), **method.metrics()})
+            log.log(step, {"time/step": time.monotonic() - started})
+            log.flush(step)
+            if stop.signum:
+                save(engine.step)
+                stop.abort()
+            if any([hook(engine.step) for hook in hooks]):
+                break
+            if budget is not None and time.monotonic() - begun > budget:
+                break
+            if save_every and engine.step % save_every == 0 and engine.step < steps:
+                save(engine.step)
+    save(engine.step)

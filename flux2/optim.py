@@ -1,0 +1,178 @@
+"""One optimizer for all roles, that steps only the role whose turn it is.
+
+Sharded engines fill missing gradients with zeros; an optimizer that stepped every group would then move
+idle roles by their momentum and weight decay. So `step` sees the active role's groups alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flux2.errors import InputError
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """lr as a function of a role's updates: linear warm-up, then constant, linear or cosine decay to 0."""
+
+    warmup: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("constant", "linear", "cosine"):
+            raise InputError(f"optim.decay is {self.decay!r}: choose constant, linear or cosine")
+
+    def __call__(self, update: int) -> float:
+        """The factor for update 0, 1, …"""
+        if update < self.warmup:
+            return (update + 1) / (self.warmup + 1)
+        if self.decay == "constant" or not self.total:
+            return 1.0
+        done = (update - self.warmup) / max(1, self.total - self.warmup)
+        left = max(0.0, 1.0 - done)
+        return left if self.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+class TurnOptimizer(Protocol):
+    """What the engine needs of an optimizer."""
+
+    active: str | None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups with keys role, lr, base_lr."""
+        ...
+
+    def step(self) -> Any:
+        """Updates the active role."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """The inverse of state_dict."""
+        ...
+
+
+def _groups(named: Mapping[str, Mapping[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+    return [
+        {"params": list(group.values()), "role": role, "lr": lr, "base_lr": lr}
+        for role, group in named.items()
+        if group
+    ]
+
+
+class TurnAdamW(torch.optim.AdamW):
+    """AdamW that steps the active role's group.
+
+    Args:
+        roles: trainable parameters by role and name.
+        lr, betas, eps, weight_decay: AdamW's.
+    """
+
+    active: str | None = None
+
+    def __init__(
+        self,
+        roles: Mapping[str, Mapping[str, nn.Parameter]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            _groups(roles, lr), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay
+        )  # pyright: ignore
+
+    def step(self, closure: Any = None) -> Any:
+        """Updates the groups of `active`; the others keep weights and moments."""
+        everyone = self.param_groups
+        self.param_groups = [g for g in everyone if g["role"] == self.active]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = everyone
+
+
+class TurnMuon:
+    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for everything else.
+
+    Convolutions count as matrices of out × (in · kh · kw). For pretraining on one process: the
+    orthogonalisation needs whole matrices, so that it does not shard.
+
+    Args:
+        roles: trainable parameters by role and name.
+        lr: of the matrices. adamw_lr: of the rest.
+    """
+
+    def __init__(
+        self,
+        roles: Mapping[str, Mapping[str, nn.Parameter]],
+        lr: float,
+        adamw_lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+    ) -> None:
+        self.active: str | None = None
+        matrices: dict[str, dict[str, nn.Parameter]] = {}
+        rest: dict[str, dict[str, nn.Parameter]] = {}
+        self._flat: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for role, group in roles.items():
+            for name, p in group.items():
+                if "block" in name and p.ndim >= 2:
+                    # torch's Muon takes matrices only: a flat twin shares the storage.
+                    twin = p if p.ndim == 2 else nn.Parameter(p.detach().flatten(1))
+                    if twin.data_ptr() != p.data_ptr():
+                        raise ValueError(f"{name} is not contiguous: Muon cannot share its storage")
+                    if twin is not p:
+                        self._flat.append((twin, p))
+                    matrices.setdefault(role, {})[name] = twin
+                else:
+                    rest.setdefault(role, {})[name] = p
+        self._muon = torch.optim.Muon(
+            _groups(matrices, lr), lr=lr, momentum=momentum, weight_decay=weight_decay
+        )
+        self._adamw = TurnAdamW(rest, adamw_lr, betas)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Both optimizers' groups."""
+        return [*self._muon.param_groups, *self._adamw.param_groups]
+
+    def step(self) -> None:
+        """Updates the groups of `active`."""
+        for twin, p in self._flat:
+            twin.grad = None if p.grad is None else p.grad.flatten(1)
+        everyone = self._muon.param_groups
+        self._muon.param_groups = [g for g in everyone if g["role"] == self.active]
+        try:
+            self._muon.step()
+        finally:
+            self._muon.param_groups = everyone
+        self._adamw.active = self.active
+        self._adamw.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimizers' states."""
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of state_dict."""
+        self._muon.load_state_dict(state["muon"])
+        self._adamw.load_state_dict(state["adamw"])
+
+
+def global_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Euclidean norm of all gradients together, fp32."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())

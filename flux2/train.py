@@ -1,0 +1,185 @@
+"""A training stage from its configuration: build the parts, run the loop, write what came out.
+
+Everything that can be refused is refused before a weight is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from flux2.adapters import LoRA
+from flux2.checkpoint import Run, load_checkpoint, resolve_resume, write_checkpoint
+from flux2.data.loader import Collator, Loader
+from flux2.engine import Engine, pick_device
+from flux2.errors import InputError
+from flux2.export import export_autoencoder, export_pipeline
+from flux2.log import Log
+from flux2.loop import Hook, fit
+from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial, load_model
+from flux2.optim import LearningRate
+from flux2.roles import Roles
+from flux2.types import Batch, Deferred, Method, Score, Scores
+
+
+def build(cfg: Any, **kwargs: Any) -> Any:
+    """Hydra's instantiate, with a component's InputError as itself and misfits as one line."""
+    try:
+        return instantiate(cfg, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        name = OmegaConf.select(cfg, "_target_") if OmegaConf.is_config(cfg) else cfg
+        detail = str(error.__cause__ or error).split("\n")[0]
+        raise InputError(f"cannot build {name}: {detail}: correct its configuration") from error
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses what a training stage cannot run, before anything heavy."""
+    if cfg.train.steps < 1:
+        raise InputError(f"train.steps is {cfg.train.steps}: it must be at least 1")
+    if cfg.train.save_every < 0 or cfg.train.keep < 1:
+        raise InputError("train.save_every must be at least 0 and train.keep at least 1")
+    if cfg.engine.autocast not in AUTOCAST:
+        raise InputError(f"engine.autocast is {cfg.engine.autocast!r}: choose fp32 or bf16")
+    if cfg.optim.clip < 0:
+        raise InputError(f"optim.clip is {cfg.optim.clip}: it must be at least 0 (0: no clipping)")
+    check_model(cfg.model)
+    OmegaConf.to_container(cfg, throw_on_missing=True, resolve=True)
+
+
+def scorer(reward: Any, model: Flux2) -> Score:
+    """reward ∘ decode; rewards that work in processes of their own are not waited for."""
+
+    def score(x: torch.Tensor, batch: Batch) -> Callable[[], Scores]:
+        images = model.codec.decode(x, batch.grid)
+        if isinstance(reward, Deferred):
+            pending = reward.submit(images, batch)
+            return lambda: reward.result(pending)
+        scores = reward(images, batch)
+        return lambda: scores
+
+    return score
+
+
+def learning_rate(cfg: Any, steps: int) -> LearningRate:
+    """conf/optim's schedule; decays reach 0 at the run's end unless `total` says otherwise."""
+    return LearningRate(cfg.warmup, cfg.decay, cfg.total if cfg.total is not None else steps)
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Runs a training stage; returns its summary."""
+    check(cfg)
+    dataset = build(cfg.data.dataset)
+    lora: LoRA | None = build(cfg.adapter) if cfg.adapter is not None else None
+    make_method: Callable[..., Method] = build(cfg.method, _partial_=True)
+    rate = learning_rate(cfg.optim, cfg.train.steps)
+    evaluation = build(cfg.evaluation) if cfg.evaluation is not None else None
+    reward = build(cfg.reward) if cfg.reward is not None else None
+    run, started = Run(Path(cfg.run.dir)), time.monotonic()
+    resumed = resolve_resume(cfg)
+    device = pick_device(cfg.engine.device)
+    model = load_initial(cfg, device)
+    try:
+        parts: dict[str, Any] = {}
+        if reward is not None:
+            parts["score"] = scorer(reward, model)
+        method = make_method(**parts)
+        roles = Roles(
+            method.roles, model, lora, AUTOCAST[cfg.engine.autocast], cfg.engine.checkpointing
+        )
+        named = {name: roles.parameters(name) for name in roles.trainable}
+        engine = Engine(roles, build(cfg.optim.optimizer, roles=named), rate, cfg.optim.clip)
+        if resumed is not None:
+            _restore(engine, method, load_checkpoint(resumed, verify=False))
+        collate = Collator(model, **cfg.data.collate)
+        data = Loader(
+            dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout
+        )
+        run.update(model_role=cfg.model.role, base=asdict(model.info), trained=list(named))
+        with Log(run.path, cfg.logger, cfg.train.steps, engine.step) as log:
+            log.print(_headline(cfg, model, named, lora))
+            hooks: tuple[Hook, ...] = ()
+            if evaluation is not None:
+                evaluation.start(cfg, model, roles, log, engine.step)
+                hooks = (evaluation.after_step,)
+            fit(
+                engine,
+                method,
+                data,
+                log,
+                steps=cfg.train.steps,
+                seed=cfg.seed,
+                save=_saver(run, engine, method, cfg.train.keep),
+                save_every=cfg.train.save_every,
+                hooks=hooks,
+                budget=cfg.train.budget,
+            )
+            summary: dict[str, Any] = {"stage": cfg.stage.name, "steps": engine.step}
+            summary["unreadable_records"] = len(data.unreadable)
+            if cfg.train.export:
+                summary["export"] = str(_export(cfg, run, model, roles, data, lora))
+            if evaluation is not None:
+                summary |= evaluation.finish(engine.step)
+            summary["seconds"] = round(time.monotonic() - started, 1)
+            return summary
+    finally:
+        for part in (reward, evaluation):
+            if part is not None:
+                part.close()
+
+
+def _restore(engine: Engine, method: Method, checkpoint: Any) -> None:
+    engine.roles.load_state_dict(checkpoint.weights)
+    engine.load_state_dict(checkpoint.state["engine"])
+    method.load_state_dict(checkpoint.state["method"])
+
+
+def _saver(run: Run, engine: Engine, method: Method, keep: int) -> Callable[[int], None]:
+    def save(step: int) -> None:
+        state = {"engine": engine.state_dict(), "method": method.state_dict()}
+        weights = engine.roles.state_dict()
+        write_checkpoint(run.checkpoints, step, weights, state, {"step": step}, keep)
+
+    return save
+
+
+def _headline(cfg: DictConfig, model: Flux2, named: dict[str, Any], lora: LoRA | None) -> str:
+    counts = ", ".join(
+        f"{name} {sum(p.numel() for p in group.values()) / 1e6:.2f}M"
+        + (f" (LoRA rank {lora.rank})" if lora is not None else "")
+        for name, group in named.items()
+    )
+    return (
+        f"{cfg.stage.name} on {model.info.name} ({model.info.parameters / 1e6:.1f}M, "
+        f"{model.info.role}), training {counts}, {cfg.train.steps} steps → {cfg.run.dir}"
+    )
+
+
+def _export(
+    cfg: DictConfig, run: Run, model: Flux2, roles: Roles, data: Loader, lora: LoRA | None
+) -> Path:
+    """Writes export/: the autoencoder, or the whole pipeline with the first trained role in it."""
+    folder, name = run.path / "export", roles.trainable[0]
+    if roles.specs[name].kind == "autoencoder":
+        images = (_pixels(data(10**6 + k)) for k in range(cfg.train.statistics_batches))
+        return export_autoencoder(model, images, folder)
+    result = next((n for n, s in roles.specs.items() if s.follows == name and s.decay > 0.9), name)
+    result = result if cfg.train.export_ema else name
+    return export_pipeline(model, roles, result, folder, DTYPES[cfg.train.export_dtype])
+
+
+def _pixels(batch: Batch) -> torch.Tensor:
+    assert batch.images is not None
+    return batch.images

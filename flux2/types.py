@@ -1,0 +1,256 @@
+"""The nouns. Nothing here computes; everything else speaks in these words.
+
+Shape letters, used everywhere: b batch, n target tokens, m reference tokens, s text tokens, c latent
+channels (128), d text features, h w pixels. σ = t ∈ [0, 1]; 1 is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from flux2.rng import Rng
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a velocity sees besides x and t.
+
+    Attributes:
+        text: b s d, the prompt's features.
+        text_ids: b s 4, positions (0, 0, 0, l).
+        ids: b n 4, the target's positions (0, h, w, 0).
+        ref: b m c, reference latents, clean; None without references.
+        ref_ids: b m 4, positions (10 + 10·i, h, w, 0) of reference i.
+        mask: b (s + n + m) bool, True where a token takes part; None means all do.
+        guidance: b, embedded guidance strength, for models that have the embedder.
+        null: the same condition with the empty prompt, for classifier-free guidance.
+    """
+
+    text: Tensor
+    text_ids: Tensor
+    ids: Tensor
+    ref: Tensor | None = None
+    ref_ids: Tensor | None = None
+    mask: Tensor | None = None
+    guidance: Tensor | None = None
+    null: Condition | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Condition:
+        """The condition with `fn` applied to every tensor in it."""
+        out: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                out[name] = fn(value)
+            elif isinstance(value, Condition):
+                out[name] = value.map(fn)
+        return replace(self, **out)
+
+    def select(self, index: Tensor | slice) -> Condition:
+        """Rows `index` of the batch."""
+        return self.map(lambda x: x[index])
+
+    def repeat(self, times: int) -> Condition:
+        """Each row `times` times in succession: a group per prompt."""
+        return self.map(lambda x: x.repeat_interleave(times, 0))
+
+
+def cat_conditions(parts: Sequence[Condition]) -> Condition:
+    """Conditions of equal lengths joined along the batch."""
+    out: dict[str, Any] = {}
+    for name in vars(parts[0]):
+        values = [getattr(p, name) for p in parts]
+        if isinstance(values[0], Tensor):
+            out[name] = torch.cat(values)
+        elif isinstance(values[0], Condition):
+            out[name] = cat_conditions(values)
+    return Condition(**out)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that travel together; all of one bucket (size, number of references).
+
+    Attributes:
+        ids: b int64, sample indices; they key all randomness.
+        prompts: b strings.
+        cond: None where a method needs no text (the autoencoder).
+        groups: b int64, the prompt's id: samples of one prompt share it.
+        meta: b ground-truth dictionaries (the record's `meta`).
+        x0: b n c, clean latents; None for prompts only.
+        images: b 3 h w uint8, target pixels where the stage wants them.
+        weight: b, sums to 1 over the global update; the loss is Σ weight · loss.
+        grid: (rows, columns) of target tokens.
+        channels: of a token.
+        extra: tensors of the method's own, first dimension b.
+    """
+
+    ids: Tensor
+    prompts: tuple[str, ...]
+    cond: Condition | None
+    groups: Tensor
+    meta: tuple[Mapping[str, Any], ...]
+    grid: tuple[int, int]
+    channels: int = 128
+    x0: Tensor | None = None
+    images: Tensor | None = None
+    weight: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, c) of a sample's latents."""
+        return self.grid[0] * self.grid[1], self.channels
+
+    def select(self, index: Tensor) -> Batch:
+        """Rows `index` (int64, on any device)."""
+        rows = index.tolist()
+        return replace(
+            self,
+            ids=self.ids[index],
+            prompts=tuple(self.prompts[i] for i in rows),
+            cond=None if self.cond is None else self.cond.select(index),
+            groups=self.groups[index],
+            meta=tuple(self.meta[i] for i in rows),
+            x0=None if self.x0 is None else self.x0[index],
+            images=None if self.images is None else self.images[index],
+            weight=None if self.weight is None else self.weight[index],
+            extra={k: v[index] for k, v in self.extra.items()},
+        )
+
+    def repeat(self, times: int) -> Batch:
+        """Each sample `times` times in succession, with sample ids of their own.
+
+        The ids become id · times + member, so that members draw different noise.
+        """
+        rows = torch.arange(len(self), device=self.ids.device).repeat_interleave(times)
+        member = torch.arange(times, device=self.ids.device).repeat(len(self))
+        out = self.select(rows)
+        return replace(out, ids=out.ids * times + member)
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of at most `size` samples, in order."""
+        rows = torch.arange(len(self), device=self.ids.device)
+        return [self.select(part) for part in rows.split(size)]
+
+
+class Velocity(Protocol):
+    """What every role can do: v = ε − x0 at (x, t)."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """x: b n c, t: b → b n c, fp32."""
+        ...
+
+
+class Autoencoder(Protocol):
+    """What the role of an autoencoder's method can do, with gradients."""
+
+    def reconstruct(
+        self, images: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """images: b 3 h w in [−1, 1] → reconstruction, posterior mean and log-variance."""
+        ...
+
+
+Metrics = Mapping[str, float | Tensor]
+LossFn = Callable[["Mapping[str, Any]", Batch, Rng], tuple[Tensor, Metrics]]
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """What a method asks of a role.
+
+    Attributes:
+        trainable: gets a parameter group of its own, as an adapter or as a full copy.
+        kind: "velocity", or "autoencoder".
+        follows: a role whose weights this one tracks by exponential moving average.
+        decay: of that average, per update of the role followed; 0 copies it.
+    """
+
+    trainable: bool = False
+    kind: str = "velocity"
+    follows: str | None = None
+    decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimizer update of one role: every `every`-th step."""
+
+    role: str
+    loss: LossFn
+    every: int = 1
+
+
+class Method(Protocol):
+    """A loss, a way to collect, and nothing else."""
+
+    @property
+    def roles(self) -> Mapping[str, RoleSpec]:
+        """The roles that the method needs, by name."""
+        ...
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The updates of one step, in order."""
+        ...
+
+    def collect(
+        self, roles: Mapping[str, Any], batch: Batch, rng: Rng
+    ) -> Iterable[Sequence[Batch]]:
+        """The step's updates; each is its list of micro-batches, with weights set."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """What `collect` noted of the step; the loop logs it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a resume: JSON types and tensors."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of state_dict."""
+        ...
+
+
+class Reward(Protocol):
+    """Scores decoded images. NaN says: could not be scored (masked, counted, never 0)."""
+
+    def __call__(self, images: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+        """images: b 3 h w uint8 → named scores, each b fp32; "reward" is the one to maximise."""
+        ...
+
+
+Scores = Mapping[str, Tensor]
+Score = Callable[[Tensor, Batch], Callable[[], Scores]]
+"""(latents b n c, batch) → a function that waits for the named scores: a reward after the decoder, as
+methods get it. Scoring has begun when the call returns, so that the next chunk samples meanwhile."""
+
+
+@runtime_checkable
+class Deferred(Protocol):
+    """A reward that scores in processes of its own."""
+
+    def submit(self, images: Tensor, batch: Batch) -> Any:
+        """Starts scoring and returns at once."""
+        ...
+
+    def result(self, pending: Any) -> Scores:
+        """Waits for what submit started."""
+        ...
+
+
+class Metric(Protocol):
+    """One evaluation measure: a value per sample, from which aggregates are recomputed."""
+
+    def __call__(self, images: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+        """images: b 3 h w uint8 → named values, each b fp32, NaN where undefined."""
+        ...

@@ -1,0 +1,163 @@
+"""DiffusionNFT (Zheng et al., arXiv 2509.16117): online RL on the forward process.
+
+    x0 ~ π_old by any sampler,  A = group advantage,  r̃ = clip(A / (2·A_max) + ½, 0, 1)
+    x_t = (1 − t)·x0 + t·ε,   v⁺ = β·v_θ + (1 − β)·v_old,   v⁻ = (1 + β)·v_old − β·v_θ
+    L = r̃·‖x̂0⁺ − x0‖²/w⁺ + (1 − r̃)·‖x̂0⁻ − x0‖²/w⁻,   x̂0 = x_t − t·v,   w = sg mean|x̂0 − x0|
+    π_old ← decay·π_old + (1 − decay)·π_θ after every update
+
+No likelihoods and no SDE: the sampler may be any ODE solver, and guidance in the rollout is absorbed
+into the policy, which is trained, and should be sampled, without it unless `guidance` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux2.errors import InputError
+from flux2.flow import LogitNormal, TimeDensity, interpolate, x0_from_velocity
+from flux2.rng import Rng
+from flux2.samplers import guided, sample_euler
+from flux2.schedule import EmpiricalShift, Schedule
+from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
+from posttrain._common import check_group, group_advantages, mean_scores, weigh
+
+
+@dataclass
+class NFT:
+    """Method of stage=nft.
+
+    Attributes:
+        score: reward after the decoder.
+        group: samples a prompt.
+        steps: of the sampler. guidance: of the rollout; 1 is none.
+        beta: how far v⁺ and v⁻ lie from v_old.
+        bound: A_max.
+        decay: of the old policy.
+        kl: weight of ‖v_θ − v_ref‖² to the previous stage; 0 keeps no reference.
+        chunk: samples sampled, and trained, at a time.
+        times: noise levels each sample is trained at.
+    """
+
+    score: Score
+    group: int = 8
+    steps: int = 8
+    guidance: float = 1.0
+    beta: float = 1.0
+    bound: float = 5.0
+    decay: float = 0.5
+    kl: float = 0.0
+    chunk: int = 32
+    times: int = 1
+    density: TimeDensity = field(default_factory=LogitNormal)
+    schedule: Schedule = field(default_factory=EmpiricalShift)
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+        for name, value in (("beta", self.beta), ("bound", self.bound), ("chunk", self.chunk),
+                            ("times", self.times)):  # fmt: skip
+            if value <= 0:
+                raise InputError(f"method.{name} is {value}: it must be positive")
+        if not 0 <= self.decay < 1:
+            raise InputError(f"method.decay is {self.decay}: give 0 to below 1")
+        self.schedule(self.steps, 1)
+        self._metrics: dict[str, float | Tensor] = {}
+
+    @property
+    def roles(self) -> Mapping[str, RoleSpec]:
+        """The policy, the old policy that follows it, and the previous stage where β_KL > 0."""
+        roles = {
+            "policy": RoleSpec(trainable=True),
+            "old": RoleSpec(follows="policy", decay=self.decay),
+        }
+        if self.kl > 0:
+            roles["reference"] = RoleSpec()
+        return roles
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """One."""
+        return (Turn("policy", self.loss),)
+
+    def collect(
+        self, roles: Mapping[str, Any], batch: Batch, rng: Rng
+    ) -> Iterable[Sequence[Batch]]:
+        """Samples from the old policy, scores and centres; one update."""
+        old, grid = guided(roles["old"], self.guidance), self.schedule(self.steps, batch.shape[0])
+        chunks, waits = [], []
+        for chunk in batch.repeat(self.group).split(self.chunk):
+            assert chunk.cond is not None
+            with torch.no_grad():
+                noise = rng("rollout", chunk.ids, chunk.shape).to(chunk.cond.text.device)
+                x0 = sample_euler(old, noise, chunk.cond, grid)
+            waits.append(self.score(x0, chunk))
+            chunks.append(replace(chunk, x0=x0))
+        scores = [dict(wait()) for wait in waits]
+        rewards = torch.cat([s["reward"] for s in scores])
+        adv = group_advantages(rewards, torch.cat([c.groups for c in chunks]), self.bound)
+        self._metrics = {
+            **mean_scores(scores),
+            "reward_std": rewards[~rewards.isnan()].std(correction=0),
+            "groups_flat": adv.flat,
+            "rewards_missing": adv.missing,
+        }
+        optimality = (adv.value / (2 * self.bound) + 0.5).clamp(0, 1)
+        total = float(adv.valid.sum()) * self.times
+        rows = zip(
+            chunks, optimality.split(self.chunk), adv.valid.split(self.chunk), strict=True
+        )
+        yield [
+            replace(c, weight=weigh(c, v, total), extra={"r": r, "k": torch.full_like(c.ids, k)})
+            for c, r, v in rows
+            if bool(v.any())
+            for k in range(self.times)
+        ]
+
+    def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
+        """Weighted sum over one chunk at one draw of noise levels."""
+        x0, cond, k = batch.x0, batch.cond, int(batch.extra["k"][0])
+        assert x0 is not None and cond is not None and batch.weight is not None
+        t = self.density(rng.uniform("time", batch.ids, counter=k)).to(x0.device)
+        eps = rng("noise", batch.ids, batch.shape, counter=k).to(x0.device)
+        x = interpolate(x0, eps, t)
+        v = roles["policy"](x, t, cond)
+        with torch.no_grad():
+            v_old = roles["old"](x, t, cond)
+        r = batch.extra["r"].to(x0.device)
+        positive = self._error(x, self.beta * v + (1 - self.beta) * v_old, t, x0)
+        negative = self._error(x, (1 + self.beta) * v_old - self.beta * v, t, x0)
+        term = r * positive + (1 - r) * negative  # b
+        metrics: dict[str, float | Tensor] = {
+            "drift": (v - v_old).square().mean(),
+            "speed": v.square().mean(),
+        }
+        if self.kl > 0:
+            with torch.no_grad():
+                anchor = roles["reference"](x, t, cond)
+            divergence = (v - anchor).square().mean((1, 2))
+            metrics["kl"] = divergence.mean()
+            term = term + self.kl * divergence
+        loss = (batch.weight.to(term.device) * term).sum()
+        return loss, {"loss": loss, **metrics}
+
+    @staticmethod
+    def _error(x: Tensor, v: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """‖x̂0 − x0‖²/w, averaged over dimensions: b."""
+        gap = x0_from_velocity(x, v, t) - x0
+        w = gap.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)
+        return (gap.square() / w).mean((1, 2))
+
+    def metrics(self) -> Metrics:
+        """Of the last rollout."""
+        return self._metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep: the old policy is a role."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
