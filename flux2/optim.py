@@ -19,15 +19,26 @@ from flux2.errors import InputError
 
 @dataclass(frozen=True)
 class LearningRate:
-    """lr as a function of a role's updates: linear warm-up, then constant, linear or cosine decay to 0."""
+    """lr as a function of a role's updates: linear warm-up, a plateau, then linear or cosine decay to 0.
+
+    Attributes:
+        warmup: updates of the warm-up.
+        decay: constant, linear or cosine.
+        total: updates after which lr is 0.
+        hold: share of `total` before the decay begins; a run stopped on the plateau can be resumed
+            with another total, and is then what that total would have given from the start.
+    """
 
     warmup: int = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
     total: int | None = None
+    hold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.decay not in ("constant", "linear", "cosine"):
             raise InputError(f"optim.decay is {self.decay!r}: choose constant, linear or cosine")
+        if not 0 <= self.hold < 1:
+            raise InputError(f"optim.hold is {self.hold}: give 0 to below 1")
 
     def __call__(self, update: int) -> float:
         """The factor for update 0, 1, …"""
@@ -35,8 +46,9 @@ class LearningRate:
             return (update + 1) / (self.warmup + 1)
         if self.decay == "constant" or not self.total:
             return 1.0
-        done = (update - self.warmup) / max(1, self.total - self.warmup)
-        left = max(0.0, 1.0 - done)
+        start = max(self.warmup, self.hold * self.total)
+        done = (update - start) / max(1, self.total - start)
+        left = min(1.0, max(0.0, 1.0 - done))
         return left if self.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flux2.adapters import LoRA
 from flux2.checkpoint import Run, load_checkpoint, resolve_resume, write_checkpoint
+from flux2.data.cache import RowCache, fingerprint
 from flux2.data.loader import Collator, Loader
 from flux2.engine import Engine, pick_device
 from flux2.errors import InputError
@@ -75,7 +76,8 @@ def scorer(reward: Any, model: Flux2) -> Score:
 
 def learning_rate(cfg: Any, steps: int) -> LearningRate:
     """conf/optim's schedule; decays reach 0 at the run's end unless `total` says otherwise."""
-    return LearningRate(cfg.warmup, cfg.decay, cfg.total if cfg.total is not None else steps)
+    total = cfg.total if cfg.total is not None else steps
+    return LearningRate(cfg.warmup, cfg.decay, total, cfg.hold)
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         engine = Engine(roles, build(cfg.optim.optimizer, roles=named), rate, cfg.optim.clip)
         if resumed is not None:
             _restore(engine, method, load_checkpoint(resumed, verify=False))
-        collate = Collator(model, **cfg.data.collate)
+        collate = Collator(model, **cfg.data.collate, cache=_cache(cfg, model, dataset))
         data = Loader(
             dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout
         )
@@ -138,6 +140,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         for part in (reward, evaluation):
             if part is not None:
                 part.close()
+
+
+def _cache(cfg: DictConfig, model: Flux2, dataset: Any) -> RowCache | None:
+    """conf/data's cache, under a key of everything that its rows depend on."""
+    if cfg.data.cache is None:
+        return None
+    text, codec = model.text, model.codec
+    facts = (dataset, text.max_length, text.layers, codec.autocast, codec.patch)
+    key = fingerprint(*facts, modules=(model.vae, text.encoder))
+    return RowCache(Path(cfg.data.cache), key, len(dataset))
 
 
 def _restore(engine: Engine, method: Method, checkpoint: Any) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flux2.data.cache import RowCache
 from flux2.data.record import Dataset, Record, UnreadableRecord
 from flux2.data.sampler import IndexSampler
 from flux2.errors import InputError
@@ -34,6 +35,7 @@ class Collator:
         latents: encode targets; off where the method makes its own samples.
         images: keep target pixels.
         unconditional: also make the unconditional branch, for classifier-free guidance.
+        cache: where latents and text features are kept; None encodes them each time.
     """
 
     model: Flux2
@@ -41,42 +43,61 @@ class Collator:
     latents: bool = True
     images: bool = False
     unconditional: bool = False
+    cache: RowCache | None = None
 
     def __call__(
         self, records: Sequence[Record], ids: Tensor, dropped: Sequence[bool] = ()
     ) -> Batch:
         """ids: b sample ids; dropped: whose captions become the empty prompt."""
-        device, codec = self.model.device, self.model.codec
+        codec = self.model.codec
         targets = [r.target for r in records]
         if any(t is None for t in targets):
             raise InputError("a record has no target image: give data with images, or with sizes")
         pixels = stack_images([t for t in targets if t is not None])
         grid = (pixels.shape[-2] // codec.patch, pixels.shape[-1] // codec.patch)
         prompts = tuple(r.prompt for r in records)
-        seen = ["" if i < len(dropped) and dropped[i] else p for i, p in enumerate(prompts)]
+        drop = [i for i in range(len(records)) if i < len(dropped) and dropped[i]]
         return Batch(
             ids=ids,
             prompts=prompts,
-            cond=self._condition(records, seen, grid) if self.text else None,
+            cond=self._condition(records, drop, grid) if self.text else None,
             groups=torch.tensor([r.id for r in records]),
             meta=tuple(_meta(r) for r in records),
             grid=grid,
             channels=codec.mean.numel(),
-            x0=codec.encode(pixels.to(device)) if self.latents else None,
+            x0=self._encode("target", records, pixels) if self.latents else None,
             images=pixels if self.images else None,
             weight=torch.full((len(records),), 1 / len(records)),
         )
 
+    def _rows(
+        self, name: str, records: Sequence[Record], make: Callable[[list[int]], Tensor]
+    ) -> Tensor:
+        """make(positions), through the cache where there is one."""
+        if self.cache is None:
+            return make(list(range(len(records))))
+        return self.cache(name, [r.id for r in records], make).to(self.model.device)
+
+    def _encode(self, name: str, records: Sequence[Record], pixels: Tensor) -> Tensor:
+        codec, device = self.model.codec, self.model.device
+        return self._rows(name, records, lambda k: codec.encode(pixels[k].to(device)))
+
     def _condition(
-        self, records: Sequence[Record], prompts: Sequence[str], grid: tuple[int, int]
+        self, records: Sequence[Record], dropped: Sequence[int], grid: tuple[int, int]
     ) -> Condition:
         device, text = self.model.device, self.model.text
         b, length = len(records), text.max_length
+        features = self._rows(
+            "text", records, lambda rows: text([records[k].prompt for k in rows], device)
+        )
+        if dropped:
+            features = features.clone()
+            features[list(dropped)] = text([""], device)
         ref = ref_ids = None
         if records[0].references:
             count = len(records[0].references)
             encoded = [
-                self.model.codec.encode(stack_images([r.references[k] for r in records]).to(device))
+                self._encode(f"reference{k}", records, stack_images([r.references[k] for r in records]))
                 for k in range(count)
             ]
             ref = torch.cat(encoded, 1)
@@ -92,7 +113,7 @@ class Collator:
         null = None
         if self.unconditional:
             null = Condition(text=text([""], device).expand(b, -1, -1), **shared)
-        return Condition(text=text(prompts, device), null=null, **shared)
+        return Condition(text=features, null=null, **shared)
 
 
 def _meta(record: Record) -> dict[str, object]:
