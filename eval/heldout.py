@@ -1,7 +1,7 @@
 """Held-out evaluation of a training run: before, now and then, and after; and stage=eval.
 
-The same prompts, noise, sampler, steps and guidance each time, so that every comparison is paired. The
-ceiling beside a score is the same scorer's result on the held-out signs themselves after the
+The same prompts, noise, sampler, steps and guidance each time, so that every comparison is paired.
+The ceiling beside a score is the same scorer's result on the held-out signs themselves after the
 autoencoder's round trip: no generator can be expected to beat it.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.records import Fingerprint, Results, Score, compare, summarise
-from eval.suite import Suite, table
+from eval.suite import Named, Suite, table
 from flux2.data.loader import Collator
 from flux2.data.record import Dataset, Record
 from flux2.errors import InputError
@@ -27,6 +28,7 @@ from flux2.generate import Sampler, buckets
 from flux2.log import Log, grid
 from flux2.model import Flux2
 from flux2.types import Metric, Velocity
+from rewards.ocr import OCRReward, TesseractReader
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class HeldOut:
     Attributes:
         dataset: prompts with ground truth; the first `prompts` records are used.
         sampler: of all evaluations.
-        metrics: key → metric. trained_on: keys whose values training maximises.
+        metrics: key → metric; None is told and left out. trained_on: keys whose values training
+            maximises.
         prompts: how many. noises: samples a prompt.
         seed: of the noise.
         every: steps between evaluations in training; 0: before and after only.
@@ -55,7 +58,7 @@ class HeldOut:
 
     dataset: Dataset
     sampler: Sampler
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Metric | None]
     trained_on: Sequence[str] = ()
     prompts: int = 400
     noises: int = 1
@@ -71,7 +74,11 @@ class HeldOut:
             if value < 1:
                 raise InputError(f"evaluation.{name} is {value}: it must be at least 1")
         self.prompts = min(self.prompts, len(self.dataset))
+        absent = [key for key, metric in self.metrics.items() if metric is None]
+        self.metrics = {k: m for k, m in self.metrics.items() if m is not None}
         self.suite = Suite(dict(self.metrics), tuple(self.trained_on))
+        for key in absent:
+            print(f"evaluation without {key}: it is not installed")
 
     # ------------------------------------------------------------ one evaluation
 
@@ -85,6 +92,7 @@ class HeldOut:
         images: list[Tensor] = []
         prompts: list[str] = []
         grids: set[str] = set()
+        engines: dict[str, str] = {}
         bar = tqdm(total=self.prompts * self.noises, desc=label, leave=False, dynamic_ncols=True,
                    disable=None)  # fmt: skip
         collate = Collator(model, latents=False, unconditional=self.sampler.guidance != 1)
@@ -95,13 +103,15 @@ class HeldOut:
             batch = collate(rows, ids)
             latents = self.sampler(velocity, batch, self.seed, bar.update)
             pixels = model.codec.decode(latents, batch.grid)
-            scores += self.suite.score(pixels, batch, seeds)
+            values = self.suite.values(pixels, batch)
+            engines |= {name: _engine(self.metrics[key]) for name, (key, _) in values.items()}
+            scores += self.suite.scores(values, batch, seeds)
             grids.add(self.sampler.grid(batch.shape[0]).hash)
             if not images:
                 images.append(pixels[: self.shown])
                 prompts += batch.prompts[: self.shown]
         bar.close()
-        results = Results(tuple(scores), self._fingerprints(scores, "+".join(sorted(grids))))
+        results = Results(tuple(scores), self._fingerprints(engines, "+".join(sorted(grids))))
         return Evaluated(results, torch.cat(images), tuple(prompts))
 
     def ceilings(self, model: Flux2) -> dict[str, float]:
@@ -115,11 +125,12 @@ class HeldOut:
             scores += self.suite.score(pixels, batch, 0)
         return {name: row["mean"] for name, row in summarise(scores).items()}
 
-    def _fingerprints(self, scores: Sequence[Score], grid_hash: str) -> dict[str, Fingerprint]:
+    def _fingerprints(
+        self, engines: Mapping[str, str], grid_hash: str
+    ) -> dict[str, Fingerprint]:
         text = json.dumps([r.prompt for r in self.records()])
         reference = hashlib.sha256(text.encode()).hexdigest()[:12]
         solver = f"{self.sampler.solver}{self.sampler.steps}:{grid_hash}"
-        engines = {s.metric: "" for s in scores}
         n = self.prompts * self.noises
         return {
             name: Fingerprint(name, engine, n, reference, solver, float(self.sampler.guidance))
@@ -175,6 +186,8 @@ class HeldOut:
         header += ["control"] if self.control else []
         rows = []
         for name, c in changes.items():
+            if not c["n"]:  # no prompt asks for it
+                continue
             row = [
                 name + ("*" if name in trained else ""),
                 f"{c['before']:.3f}", f"{c['after']:.3f}", f"{c['gain']:+.3f}",
@@ -185,8 +198,8 @@ class HeldOut:
                 gain = self.control.get(name)
                 row.append("-" if gain is None else f"{gain:+.3f}")
             rows.append(row)
+        self._log.print("")
         text = self._log.table(header, rows)
-        self._log.print(f"\n{text}")
         n = self.prompts * self.noises
         note = f"{n} (prompt, noise) pairs, paired by prompt and noise; * rewarded in training"
         if self.control:
@@ -224,9 +237,24 @@ class HeldOut:
     def close(self) -> None:
         """Ends the processes of metrics that have some."""
         for metric in self.metrics.values():
-            inner = getattr(metric, "metric", metric)
+            inner: Any = getattr(metric, "metric", metric)
             if hasattr(inner, "close"):
                 inner.close()
+
+
+def second_reader(workers: int = 2) -> Named | None:
+    """Tesseract on the known region: an opinion that training did not optimise. None where the
+    program is not installed."""
+    if not TesseractReader.available():
+        return None
+    reward = OCRReward(partial(TesseractReader, region=True), workers)
+    return Named(reward, "tesseract_", ("ocr_exact", "ocr_ned"))
+
+
+def _engine(metric: Any) -> str:
+    """What scored, for the fingerprint."""
+    inner = getattr(metric, "metric", metric)
+    return str(getattr(inner, "engine", type(inner).__name__))
 
 
 def _mean(scores: Sequence[Score], name: str) -> float:

@@ -76,21 +76,34 @@ class Suite:
             raise InputError(
                 f"{len(images)} images, {len(seeds)} seeds, {len(batch)} samples: give one each"
             )
+        return self.scores(self.values(images, batch), batch, seeds)
+
+    def scores(
+        self, values: Mapping[str, tuple[str, Tensor]], batch: Batch, seeds: Sequence[int]
+    ) -> list[Score]:
+        """The records of `values`, one per sample and name."""
         prompts = batch.groups.tolist()
-        owner: dict[str, str] = {}
-        out: list[Score] = []
+        return [
+            Score(p, s, name, v, key in self.trained_on)
+            for name, (key, row) in values.items()
+            for p, s, v in zip(prompts, seeds, row.tolist(), strict=True)
+        ]
+
+    def values(self, images: Tensor, batch: Batch) -> dict[str, tuple[str, Tensor]]:
+        """Name of the value → (key of its metric, b values).
+
+        Raises:
+            InputError: two metrics return one name.
+        """
+        out: dict[str, tuple[str, Tensor]] = {}
         for key, metric in self.metrics.items():
             for name, values in metric(images, batch).items():
-                if name in owner:
+                if name in out:
                     raise InputError(
-                        f"metrics {owner[name]!r} and {key!r} both return {name!r}: give one of "
+                        f"metrics {out[name][0]!r} and {key!r} both return {name!r}: give one of "
                         "them a prefix (eval.suite.Named)"
                     )
-                owner[name] = key
-                out += [
-                    Score(p, s, name, v, key in self.trained_on)
-                    for p, s, v in zip(prompts, seeds, values.tolist(), strict=True)
-                ]
+                out[name] = (key, values)
         return out
 
     def report(

@@ -1,27 +1,31 @@
 """LoRA by role: adapters on one shared backbone, switched by argument and never left switched.
 
-peft keeps the active adapter in each layer, and its own switches also flip `requires_grad`, which makes
-a backward pass that is still to come drop gradients without a word. Here a role's forward sets the two
-fields that a layer reads and puts them back, also inside the recomputation of activation checkpointing.
+peft keeps the active adapter in each layer, and its own switches also flip `requires_grad`, which
+makes a backward pass that is still to come drop gradients without a word. Here a role's forward
+sets the two fields that a layer reads and puts them back, also inside the recomputation of
+activation checkpointing.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flux2.errors import InputError
+from flux2.rng import keyed
 
 DEFAULT_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     "linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out",
 )  # fmt: skip
-"""Attention and MLP of both streams, and both projections of the single-stream blocks: leaving those
-out is the reported cause of weak klein LoRAs."""
+"""Attention and MLP of both streams, and both projections of the single-stream blocks: leaving
+those out is the reported cause of weak klein LoRAs."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,37 @@ class LoRA:
             raise InputError(f"adapter.rank is {self.rank}: it must be at least 1")
 
 
-def add(backbone: nn.Module, lora: LoRA, name: str) -> None:
-    """Puts a fresh adapter on the backbone; it starts as the identity (B = 0)."""
+def add(backbone: nn.Module, lora: LoRA, name: str, seed: int = 0) -> None:
+    """Puts a fresh adapter on the backbone; it starts as the identity (B = 0), and A is drawn from
+    `seed`."""
     from peft import LoraConfig
 
-    backbone.add_adapter(  # pyright: ignore
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # pyright: ignore
-            target_modules=list(lora.targets),
-        ),
-        adapter_name=name,
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore
+        target_modules=_matching(backbone, lora.targets),
     )
+    # peft draws A from torch's global generator, which nothing else of a run touches or seeds.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Several adapters are the purpose.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        torch.default_generator.manual_seed(int(keyed(seed, "adapter", name).integers(1 << 62)))
+        backbone.add_adapter(config, adapter_name=name)  # pyright: ignore
+
+
+def _matching(backbone: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Paths of the linear layers that `targets` name by their ends. peft would take `attn.to_out`
+    for the double-stream blocks' list of that name, too, and refuse it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    linear = [k for k, m in backbone.named_modules() if isinstance(m, nn.Linear | BaseTunerLayer)]
+    found = {t: [k for k in linear if f".{k}".endswith(f".{t}")] for t in targets}
+    for target, paths in found.items():
+        if not paths:
+            raise InputError(
+                f"adapter.targets: the model has no linear layer {target!r}: leave it out"
+            )
+    return sorted({k for paths in found.values() for k in paths})
 
 
 def parameters(backbone: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -92,3 +115,16 @@ def deltas(backbone: nn.Module, name: str) -> dict[str, Tensor]:
         for path, layer in backbone.named_modules()
         if isinstance(layer, BaseTunerLayer) and name in layer.lora_A  # pyright: ignore
     }
+
+
+@torch.no_grad()
+def merged(backbone: nn.Module, name: str | None) -> dict[str, Tensor]:
+    """The backbone's weights under diffusers' plain names, fp32, with adapter `name` folded in."""
+    out: dict[str, Tensor] = {}
+    for key, value in backbone.state_dict().items():
+        if "lora_" not in key:
+            out[key.replace(".base_layer", "")] = value.float().clone()
+    if name is not None:
+        for path, delta in deltas(backbone, name).items():
+            out[f"{path}.weight"] += delta
+    return out

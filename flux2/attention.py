@@ -1,8 +1,9 @@
 """Attention processors with positions per sample.
 
-diffusers' Flux2Transformer2DModel keeps only the first sample's position ids of a batch, so that mixed
-sizes or reference layouts in one batch come out wrong without an error. These processors, and the
-position embedder that feeds them, are its own extension points; with equal ids they change nothing.
+diffusers' Flux2Transformer2DModel keeps only the first sample's position ids of a batch, so that
+mixed sizes or reference layouts in one batch come out wrong without an error. These processors, and
+the position embedder that feeds them, are its own extension points; with equal ids they change
+nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class BatchedPosEmbed(nn.Module):
         parts = [
             get_1d_rotary_pos_embed(
                 dim,
-                flat[:, i],
+                flat[:, i],  # pyright: ignore[reportArgumentType]  (tensors are taken too)
                 theta=self.theta,
                 repeat_interleave_real=True,
                 use_real=True,
@@ -117,7 +118,8 @@ class SingleProcessor:
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    """RMSNorm in the dtype of its weight: under autocast x is bf16, and a mixed call is not fused."""
+    """RMSNorm in the dtype of its weight: under autocast x is bf16, and a mixed call is not
+    fused."""
     return norm(x.to(norm.weight.dtype))
 
 
@@ -145,7 +147,8 @@ def _attend(
 def install(transformer: nn.Module, backend: str | None = None) -> None:
     """Gives a Flux2Transformer2DModel positions per sample.
 
-    backend: one of diffusers' attention backends (native, _native_math, _flash_3, …); None is native.
+    backend: one of diffusers' attention backends (native, _native_math, _flash_3, …); None is
+        native.
 
     Raises:
         InputError: diffusers knows no such backend.

@@ -43,7 +43,7 @@ class Engine:
     ) -> None:
         self.roles, self.optimizer, self._rate, self._clip = roles, optimizer, rate, clip
         self.step = 0
-        self.updates = {name: 0 for name in roles.trainable}
+        self.updates = dict.fromkeys(roles.trainable, 0)
         self._metrics: dict[str, float] = {}
         self._graded = False
 
@@ -75,8 +75,10 @@ class Engine:
             self.optimizer.step()
             self.updates[role] += 1
             self.roles.follow(role)
-        for parameter in parameters:
-            parameter.grad = None
+        # A loss may reach through other trainable roles: their next turn must not find its traces.
+        for name in self.roles.trainable:
+            for parameter in self.roles.parameters(name).values():
+                parameter.grad = None
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradients of a micro-batch. `last` marks the update's last one, where a sharded
@@ -91,12 +93,16 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights."""
-        return {"step": self.step, "updates": self.updates, "optimizer": self.optimizer.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        return {"step": self.step, "updates": self.updates, "optimizer": optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of state_dict."""
         self.step, self.updates = int(state["step"]), dict(state["updates"])
+        rates = [group["base_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["base_lr"] = rate  # the configuration's, which a resume may change
 
     def _note(self, name: str, value: float) -> None:
         self._metrics[name] = value

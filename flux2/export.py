@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -25,8 +26,9 @@ def measure_statistics(vae: torch.nn.Module, images: Iterable[Tensor]) -> None:
     images: batches b 3 h w uint8.
     """
     count, total, square = 0, 0.0, 0.0
+    weight = next(vae.parameters())
     for batch in images:
-        z = vae.encode(to_float(batch)).latent_dist.mode()  # pyright: ignore
+        z = vae.encode(to_float(batch).to(weight)).latent_dist.mode()  # pyright: ignore
         tokens = rearrange(z.double(), "b c (h p) (w q) -> (b h w) (c p q)", p=2, q=2)
         count += len(tokens)
         total = total + tokens.sum(0)
@@ -50,15 +52,16 @@ def export_pipeline(
 ) -> Path:
     """Writes a folder that Flux2KleinPipeline opens, with role `name` as its transformer.
 
-    Adapters are merged in fp32 before the weights are rounded to `dtype`. The latent statistics stay
+    Adapters are merged in fp32 before the weights are rounded to `dtype`. The latent statistics
+    stay
     fp32: bf16 would move every latent.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     role = roles[name]
     source = role.backbone
-    transformer = Flux2Transformer2DModel.from_config(source.config)
-    transformer.load_state_dict(merged_weights(source, role.adapter))
+    transformer: Any = Flux2Transformer2DModel.from_config(source.config)
+    transformer.load_state_dict(adapters.merged(source, role.adapter))
     vae = copy.deepcopy(model.vae)
     mean, variance = vae.bn.running_mean.clone(), vae.bn.running_var.clone()  # pyright: ignore
     vae.to(dtype)
@@ -85,20 +88,6 @@ def export_pipeline(
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
-
-
-@torch.no_grad()
-def merged_weights(backbone: torch.nn.Module, adapter: str | None) -> dict[str, Tensor]:
-    """The backbone's weights under diffusers' plain names, fp32, with the adapter folded in."""
-    out: dict[str, Tensor] = {}
-    for key, value in backbone.state_dict().items():
-        if "lora_" in key:
-            continue
-        out[key.replace(".base_layer", "")] = value.float().clone()
-    if adapter is not None:
-        for path, delta in adapters.deltas(backbone, adapter).items():
-            out[f"{path}.weight"] += delta
-    return out
 
 
 class _replacing:

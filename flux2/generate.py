@@ -42,7 +42,9 @@ class Sampler:
         if self.chunk < 1:
             raise InputError(f"sampler.chunk is {self.chunk}: it must be at least 1")
         if self.guidance < 0:
-            raise InputError(f"sampler.guidance is {self.guidance}: it must be at least 0 (1: none)")
+            raise InputError(
+                f"sampler.guidance is {self.guidance}: it must be at least 0 (1: none)"
+            )
         self.schedule(self.steps, 1)
 
     def grid(self, tokens: int) -> Grid:
@@ -51,7 +53,11 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(
-        self, velocity: Velocity, batch: Batch, seed: int, done: Callable[[int], None] | None = None
+        self,
+        velocity: Velocity,
+        batch: Batch,
+        seed: int,
+        done: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Latents b n c of a batch, whose noise is keyed by (seed, sample id) alone."""
         rng, grid, out = Rng(seed, 0), self.grid(batch.shape[0]), []
@@ -104,12 +110,12 @@ def sample(cfg: Any) -> Mapping[str, Any]:
         model.transformer, Switch(model.transformer), None, AUTOCAST[cfg.engine.autocast]
     )
     collate = Collator(model, latents=False, unconditional=sampler.guidance != 1)
-    images, captions, notes = [], [], []
+    images, captions, notes, schedule = [], [], [], ""
     for group in buckets(records):
         rows = [r for r in group for _ in range(cfg.count)]
         ids = torch.tensor([r.id * cfg.count + k for r in group for k in range(cfg.count)])
         batch = collate(rows, ids)
-        pixels = model.codec.decode(sampler(role, batch, cfg.seed), batch.grid)
+        pixels = model.codec.decode(sampler(role, batch, cfg.seed), batch.grid).cpu()
         for row, ident, image in zip(rows, ids.tolist(), pixels, strict=True):
             name = f"{ident:05d}.png"
             (run.path / "samples").mkdir(exist_ok=True)
@@ -117,12 +123,14 @@ def sample(cfg: Any) -> Mapping[str, Any]:
             notes.append({"file": name, "prompt": row.prompt, "seed": cfg.seed, "id": ident})
         images.append(pixels)
         captions += [r.prompt for r in rows]
-    (run.path / "samples" / "samples.jsonl").write_text("".join(json.dumps(n) + "\n" for n in notes))
+        schedule = sampler.grid(batch.shape[0]).hash
+    lines = "".join(json.dumps(n) + "\n" for n in notes)
+    (run.path / "samples" / "samples.jsonl").write_text(lines)
     path = run.path / "samples" / "grid.png"
     if len({i.shape[1:] for i in images}) == 1:
         picture(torch.cat(images)[:64], captions[:64], None).save(path)
         print(f"{len(notes)} images in {path.parent}, together in {path}")
-    run.update(model_role=cfg.model.role, schedule_hash=sampler.grid(batch.shape[0]).hash)
+    run.update(model_role=cfg.model.role, schedule_hash=schedule)
     return {"stage": "sample", "images": len(notes), "folder": str(path.parent)}
 
 

@@ -1,8 +1,8 @@
 """Pixels ↔ the 128-channel tokens that the transformer works on, and where each token stands.
 
-FLUX.2 has no scaling factor: latents are patchified 2×2 (channel order c, pi, pj) and normalised by the
-running statistics of `vae.bn`. The buffers are read, and the module is never called: in train mode a
-call would overwrite them.
+FLUX.2 has no scaling factor: latents are patchified 2×2 (channel order c, pi, pj) and normalised by
+the running statistics of `vae.bn`. The buffers are read, and the module is never called: in train
+mode a call would overwrite them.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def fit(
             if stop.signum:
                 save(engine.step)
                 stop.abort()
-            if any([hook(engine.step) for hook in hooks]):
+            ended = [hook(engine.step) for hook in hooks]  # every hook runs, whatever one says
+            if any(ended):
                 break
             if budget is not None and time.monotonic() - begun > budget:
                 break

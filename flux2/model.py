@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux2.errors import InputError
 from flux2.latents import LatentCodec
@@ -149,6 +149,8 @@ def load_model(cfg: Any, device: torch.device, seed: int = 0) -> Flux2:
     check_model(cfg)
     quiet()
     dtype = DTYPES[cfg.dtype]
+    transformer: Any
+    encoder: Any
     if cfg.path is not None:
         folder = Path(cfg.path)
         transformer = _pretrained(Flux2Transformer2DModel, folder / "transformer", dtype)
@@ -197,29 +199,58 @@ def load_model(cfg: Any, device: torch.device, seed: int = 0) -> Flux2:
 def load_initial(cfg: Any, device: torch.device) -> Flux2:
     """The model that a run starts from: conf/model, or the result of `init_from=<run>`.
 
-    A run's result becomes the new backbone, adapters merged, so that the reference of what follows is
-    the previous stage's weights and not the base.
+    A run's result becomes the new backbone, adapters merged, so that the reference of what follows
+    is the previous stage's weights and not the base.
 
     Raises:
         InputError: the run's result does not fit conf/model.
     """
-    from flux2.checkpoint import resolve_init
+    from omegaconf import OmegaConf
+
+    from flux2.checkpoint import load_checkpoint, resolve_init
 
     if cfg.init_from is None:
         return load_model(cfg.model, device, cfg.seed)
     init = resolve_init(cfg.init_from)
-    export = init.run / "export"
-    if not (export / "model_index.json").is_file():
+    trained, role = init.manifest.get("trained"), init.manifest.get("model_role")
+    if not trained or trained == ["autoencoder"]:
         raise InputError(
-            f"init_from={init.run} has no exported model ({init.manifest.get('status')}): "
-            "finish that run first (resume=<run>), with train.export=true"
+            f"init_from={init.run} trained no transformer (stage {init.manifest.get('stage')}): "
+            "name a run that did, or give an autoencoder as model.vae"
         )
-    role = init.manifest.get("model_role")
     if role != cfg.model.role:
         raise InputError(
             f"init_from={init.run} is a {role} model and model.role is {cfg.model.role}: "
             "set model.role to match"
         )
-    chosen = cfg.model.copy()
-    chosen.path, chosen.architecture, chosen.vae = str(export), None, None
-    return load_model(chosen, device, cfg.seed)
+    if init.is_export:
+        chosen = cfg.model.copy()
+        chosen.path, chosen.architecture, chosen.vae = str(init.weights), None, None
+        return load_model(chosen, device, cfg.seed)
+    before = OmegaConf.load(init.run / "config.yaml")
+    for key in ("dtype", "vae_autocast", "attention", "max_sequence_length", "text_layers"):
+        before.model[key] = cfg.model[key]
+    # Without an init_from of its own this is load_model; with one, its weights lie on that run's.
+    model = load_initial(before, device)
+    weights = load_checkpoint(init.weights, verify=False).weights
+    _apply(model, weights, trained[0], before.adapter)
+    return model
+
+
+def _apply(model: Flux2, weights: Mapping[str, Tensor], role: str, adapter: Any) -> None:
+    """Puts a role's trained weights, or its adapter, into the model's transformer."""
+    from flux2 import adapters, attention
+
+    mine = {k.removeprefix(f"{role}/"): v for k, v in weights.items() if k.startswith(f"{role}/")}
+    if adapter is None:
+        model.transformer.load_state_dict(mine)
+        return
+    body = model.transformer
+    adapters.add(body, adapters.LoRA(adapter.rank, adapter.alpha, adapter.targets), role)
+    for name, parameter in adapters.parameters(body, role).items():
+        parameter.data.copy_(mine[name])
+    plain = type(body).from_config(body.config)  # pyright: ignore
+    plain.load_state_dict(adapters.merged(body, role))
+    processor = body.transformer_blocks[0].attn.processor  # pyright: ignore
+    attention.install(plain, processor._attention_backend)
+    model.transformer = plain.to(model.device, body.dtype).eval().requires_grad_(False)

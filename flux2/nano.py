@@ -1,8 +1,8 @@
 """The parts of the nano FLUX.2 that are built and not trained: its tokenizer and its text encoder.
 
-The text encoder is a real Qwen3 of 28 thin layers with random, frozen weights: deep random features of
-the prompt, which keep each token's identity and mix in its left context. The tokenizer spells capital
-letters one by one and knows the rest of the sign world's language by byte-level BPE.
+The text encoder is a real Qwen3 of 28 thin layers with random, frozen weights: deep random features
+of the prompt, which keep each token's identity and mix in its left context. The tokenizer spells
+capital letters one by one and knows the rest of the sign world's language by byte-level BPE.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 def build_text_encoder(config: Mapping[str, Any], vocabulary: int, seed: int) -> Qwen3ForCausalLM:
     """A Qwen3 with random weights, scaled so that features survive 28 layers.
 
-    Embeddings have unit variance, projections keep it, and what a layer adds to the stream is damped,
-    so that layer 27 still tells one token from another.
+    Embeddings have unit variance, projections keep it, and what a layer adds to the stream is
+    damped, so that layer 27 still tells one token from another.
     """
     known = set(Qwen3Config().to_dict())
     unknown = set(config) - known

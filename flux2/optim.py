@@ -1,7 +1,7 @@
 """One optimizer for all roles, that steps only the role whose turn it is.
 
-Sharded engines fill missing gradients with zeros; an optimizer that stepped every group would then move
-idle roles by their momentum and weight decay. So `step` sees the active role's groups alone.
+Sharded engines fill missing gradients with zeros; an optimizer that stepped every group would then
+move idle roles by their momentum and weight decay. So `step` sees the active role's groups alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from flux2.errors import InputError
 
 @dataclass(frozen=True)
 class LearningRate:
-    """lr as a function of a role's updates: linear warm-up, a plateau, then linear or cosine decay to 0.
+    """lr as a function of a role's updates: linear warm-up, a plateau, then linear or cosine decay
+    to 0.
 
     Attributes:
         warmup: updates of the warm-up.
@@ -101,9 +102,10 @@ class TurnAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        first, second = betas
         super().__init__(
-            _groups(roles, lr), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay
-        )  # pyright: ignore
+            _groups(roles, lr), lr=lr, betas=(first, second), eps=eps, weight_decay=weight_decay
+        )
 
     def step(self, closure: Any = None) -> Any:
         """Updates the groups of `active`; the others keep weights and moments."""

@@ -1,7 +1,7 @@
 """Random numbers that depend on what they are for, and on nothing else.
 
-Every draw is keyed by (seed, stream, step, sample index, counter). The number of ranks, the order of
-calls and a resume cannot change it: there is no state to lose.
+Every draw is keyed by (seed, stream, step, sample index, counter). The number of ranks, the order
+of calls and a resume cannot change it: there is no state to lose.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def keyed(*key: int | str) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Rng:
-    """The draws of one step. `Rng(seed, step)("rollout", ids, (n, c))` is normal noise, b n c, fp32.
+    """The draws of one step. `Rng(seed, step)("rollout", ids, (n, c))` is normal noise, b n c,
+    fp32.
 
     Frozen, so that a method cannot advance it by accident.
     """

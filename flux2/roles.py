@@ -1,7 +1,7 @@
 """Roles are functions: a name → a velocity over one of the run's backbones.
 
-All networks of a run live in one ModuleDict. A role is (backbone, adapter or none): with LoRA every role
-shares the frozen base; in full training each trainable role is a backbone of its own.
+All networks of a run live in one ModuleDict. A role is (backbone, adapter or none): with LoRA every
+role shares the frozen base; in full training each trainable role is a backbone of its own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from flux2.types import Condition, RoleSpec
 
 
 class VelocityRole:
-    """A transformer with one adapter (or none) as v(x, t, cond). x and t stay fp32; the matrix products
-    run in `autocast`, and the position of the time embedding before them keeps its precision."""
+    """A transformer with one adapter (or none) as v(x, t, cond). x and t stay fp32; the matrix
+    products run in `autocast`, and the position of the time embedding before them keeps its
+    precision."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class VelocityRole:
                 hidden_states=tokens,
                 encoder_hidden_states=cond.text.float(),
                 timestep=t.float(),
-                # diffusers keeps the first row of 3-D ids; in this shape they reach our embedder whole.
+                # diffusers keeps the first row of 3-D ids; so they reach our embedder whole.
                 img_ids=ids.transpose(0, 1)[:, :, None],
                 txt_ids=cond.text_ids.transpose(0, 1)[:, :, None],
                 guidance=cond.guidance,
@@ -88,8 +89,8 @@ class AutoencoderRole:
     def reconstruct(
         self, images: Tensor, noise: Callable[[tuple[int, ...]], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """images: b 3 h w in [−1, 1]; noise: shape of a sample's latents → noise b …, None decodes the
-        mode → reconstruction, posterior mean and log-variance, fp32."""
+        """images: b 3 h w in [−1, 1]; noise: shape of a sample's latents → noise b …, None decodes
+        the mode → reconstruction, posterior mean and log-variance, fp32."""
         with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
             posterior = self.vae.encode(images).latent_dist  # pyright: ignore
             z = posterior.mean
@@ -109,8 +110,9 @@ class Roles(Mapping[str, Any]):
         lora: LoRA | None,
         autocast: torch.dtype | None,
         checkpointing: bool = False,
+        seed: int = 0,
     ) -> None:
-        self.specs = dict(specs)
+        self.specs, self._seed = dict(specs), seed
         self.backbones = nn.ModuleDict()
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         placed = {name: self._place(name, spec, model, lora) for name, spec in specs.items()}
@@ -128,6 +130,9 @@ class Roles(Mapping[str, Any]):
         for name, spec in specs.items():
             for parameter in self._parameters.get(name, {}).values():
                 parameter.requires_grad_(spec.trainable)
+            if spec.follows is not None:
+                # A fresh adapter draws its own A, and an average must begin where its leader does.
+                self._track(name, spec.follows, 0.0)
 
     def _place(
         self, name: str, spec: RoleSpec, model: Flux2, lora: LoRA | None
@@ -135,7 +140,7 @@ class Roles(Mapping[str, Any]):
         """Where a role lives: (backbone, adapter)."""
         own = spec.trainable or spec.follows is not None
         if spec.follows is not None and spec.follows not in self.specs:
-            raise ValueError(f"role {name} follows {spec.follows}, which the method does not declare")
+            raise ValueError(f"role {name} follows {spec.follows}, which is no role of the method")
         if spec.kind == "autoencoder":
             self.backbones["vae"] = model.vae
             self._parameters[name] = dict(model.vae.named_parameters())
@@ -145,7 +150,7 @@ class Roles(Mapping[str, Any]):
             return "base", None
         if lora is not None:
             self.backbones["base"] = model.transformer
-            adapters.add(model.transformer, lora, name)
+            adapters.add(model.transformer, lora, name, self._seed)
             self._parameters[name] = adapters.parameters(model.transformer, name)
             return "base", name
         others = [s for n, s in self.specs.items() if n != name and s.kind == spec.kind]
@@ -176,11 +181,14 @@ class Roles(Mapping[str, Any]):
     def follow(self, leader: str) -> None:
         """Moves every role that follows `leader` one step: w ← decay·w + (1 − decay)·leader."""
         for name, spec in self.specs.items():
-            if spec.follows != leader:
-                continue
-            source = {_neutral(k, leader): p for k, p in self._parameters[leader].items()}
-            for key, mine in self._parameters[name].items():
-                mine.lerp_(source[_neutral(key, name)].to(mine), 1 - spec.decay)
+            if spec.follows == leader:
+                self._track(name, leader, spec.decay)
+
+    @torch.no_grad()
+    def _track(self, name: str, leader: str, decay: float) -> None:
+        source = {_neutral(k, leader): p for k, p in self._parameters[leader].items()}
+        for key, mine in self._parameters[name].items():
+            mine.lerp_(source[_neutral(key, name)].to(mine), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights that training changes (trainable roles and their followers)."""
@@ -200,8 +208,16 @@ class Roles(Mapping[str, Any]):
         mine = self.state_dict()
         if set(mine) != set(state):
             odd = min(set(mine) ^ set(state))
-            raise InputError(f"the checkpoint's weights do not fit this run ({odd} is on one side only)")
+            raise InputError(
+                f"the checkpoint's weights do not fit this run ({odd} is on one side only): "
+                "resume with the configuration it was made with"
+            )
         for key, value in mine.items():
+            if value.shape != state[key].shape:  # copy_ would broadcast a rank of 1
+                raise InputError(
+                    f"the checkpoint's {key} has shape {tuple(state[key].shape)} and this run's "
+                    f"{tuple(value.shape)}: resume with the configuration it was made with"
+                )
             value.copy_(state[key])
 
 

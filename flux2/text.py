@@ -1,8 +1,8 @@
 """Prompts → conditioning, exactly as FLUX.2's pipelines make it.
 
-klein: Qwen3, hidden states (9, 18, 27) concatenated, right-padded, the user's turn in the chat template
-with generation prompt and without thinking. Padding takes part in the joint attention, as it does in
-the reference pipelines; `mask_padding` is the option.
+klein: Qwen3, hidden states (9, 18, 27) concatenated, right-padded, the user's turn in the chat
+template with generation prompt and without thinking. Padding takes part in the joint attention, as
+it does in the reference pipelines; `mask_padding` is the option.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class TextEncoder:
     """A frozen language model and its tokenizer; remembers the prompts it has encoded.
 
     Args:
-        encoder: Qwen3ForCausalLM (klein). Layers above the last one used are never run: the last one
-            used must lie below the top, whose output is normalised and would be another feature.
+        encoder: Qwen3ForCausalLM (klein). Layers above the last one used are never run: the last
+            one used must lie below the top, whose output is normalised and would be another
+            feature.
         tokenizer: with a chat template.
         max_length: tokens a prompt is padded and cut to.
         layers: hidden states that are concatenated.
@@ -44,7 +45,7 @@ class TextEncoder:
         layers: Sequence[int] = (9, 18, 27),
         remember: int = 1 << 30,
     ) -> None:
-        depth = encoder.config.num_hidden_layers  # pyright: ignore
+        depth = int(encoder.config.num_hidden_layers)  # pyright: ignore
         if max(layers) >= depth:
             raise InputError(
                 f"text layer {max(layers)} is the encoder's last of {depth} (its output is "
@@ -98,7 +99,7 @@ class TextEncoder:
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokens(prompts)
         where = next(self.encoder.parameters()).device
-        body = self.encoder.model  # pyright: ignore
+        body: Any = self.encoder.model
         output = body(
             input_ids=tokens["input_ids"].to(where),
             attention_mask=tokens["attention_mask"].to(where),

@@ -5,9 +5,10 @@ Everything that can be refused is refused before a weight is read.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from flux2.adapters import LoRA
 from flux2.checkpoint import Run, load_checkpoint, resolve_resume, write_checkpoint
 from flux2.data.cache import RowCache, fingerprint
 from flux2.data.loader import Collator, Loader
+from flux2.data.sampler import IndexSampler
 from flux2.engine import Engine, pick_device
 from flux2.errors import InputError
 from flux2.export import export_autoencoder, export_pipeline
 from flux2.log import Log
 from flux2.loop import Hook, fit
-from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial, load_model
+from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial
 from flux2.optim import LearningRate
 from flux2.roles import Roles
-from flux2.types import Batch, Deferred, Method, Score, Scores
+from flux2.types import Batch, Deferred, Method, Scores
 
 
 def build(cfg: Any, **kwargs: Any) -> Any:
@@ -56,22 +58,29 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"engine.autocast is {cfg.engine.autocast!r}: choose fp32 or bf16")
     if cfg.optim.clip < 0:
         raise InputError(f"optim.clip is {cfg.optim.clip}: it must be at least 0 (0: no clipping)")
+    if not 0 <= cfg.data.caption_dropout <= 1:
+        raise InputError(f"data.caption_dropout is {cfg.data.caption_dropout}: give 0 to 1")
     check_model(cfg.model)
     OmegaConf.to_container(cfg, throw_on_missing=True, resolve=True)
 
 
-def scorer(reward: Any, model: Flux2) -> Score:
-    """reward ∘ decode; rewards that work in processes of their own are not waited for."""
+@dataclass
+class Scorer:
+    """reward ∘ decode, as methods get it. Made before the model, so that a method can be checked
+    first."""
 
-    def score(x: torch.Tensor, batch: Batch) -> Callable[[], Scores]:
-        images = model.codec.decode(x, batch.grid)
+    reward: Any
+    model: Flux2 | None = None
+
+    def __call__(self, x: torch.Tensor, batch: Batch) -> Callable[[], Scores]:
+        """Starts scoring; rewards that work in processes of their own are not waited for."""
+        assert self.model is not None
+        images, reward = self.model.codec.decode(x, batch.grid), self.reward
         if isinstance(reward, Deferred):
             pending = reward.submit(images, batch)
             return lambda: reward.result(pending)
         scores = reward(images, batch)
         return lambda: scores
-
-    return score
 
 
 def learning_rate(cfg: Any, steps: int) -> LearningRate:
@@ -84,22 +93,30 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Runs a training stage; returns its summary."""
     check(cfg)
     dataset = build(cfg.data.dataset)
+    IndexSampler(dataset, cfg.data.batch_size, cfg.seed)
     lora: LoRA | None = build(cfg.adapter) if cfg.adapter is not None else None
-    make_method: Callable[..., Method] = build(cfg.method, _partial_=True)
     rate = learning_rate(cfg.optim, cfg.train.steps)
+    # Refuses the optimizer's settings before the weights are read: a matrix and a vector to hold.
+    shapes = {"block": (1, 1), "bias": (1,)}
+    probe = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    build(cfg.optim.optimizer, roles={"probe": probe})
     evaluation = build(cfg.evaluation) if cfg.evaluation is not None else None
     reward = build(cfg.reward) if cfg.reward is not None else None
+    score = Scorer(reward)
+    method: Method = build(cfg.method, **({} if reward is None else {"score": score}))
     run, started = Run(Path(cfg.run.dir)), time.monotonic()
-    resumed = resolve_resume(cfg)
-    device = pick_device(cfg.engine.device)
-    model = load_initial(cfg, device)
+    resumed, device = resolve_resume(cfg), pick_device(cfg.engine.device)
     try:
-        parts: dict[str, Any] = {}
-        if reward is not None:
-            parts["score"] = scorer(reward, model)
-        method = make_method(**parts)
+        if isinstance(reward, Deferred):
+            reward.ready()
+        model = score.model = load_initial(cfg, device)
         roles = Roles(
-            method.roles, model, lora, AUTOCAST[cfg.engine.autocast], cfg.engine.checkpointing
+            method.roles,
+            model,
+            lora,
+            AUTOCAST[cfg.engine.autocast],
+            cfg.engine.checkpointing,
+            cfg.seed,
         )
         named = {name: roles.parameters(name) for name in roles.trainable}
         engine = Engine(roles, build(cfg.optim.optimizer, roles=named), rate, cfg.optim.clip)
@@ -138,7 +155,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             return summary
     finally:
         for part in (reward, evaluation):
-            if part is not None:
+            if hasattr(part, "close"):
                 part.close()
 
 
@@ -147,7 +164,9 @@ def _cache(cfg: DictConfig, model: Flux2, dataset: Any) -> RowCache | None:
     if cfg.data.cache is None:
         return None
     text, codec = model.text, model.codec
-    facts = (dataset, text.max_length, text.layers, codec.autocast, codec.patch)
+    code = Path(inspect.getsourcefile(type(dataset)) or "").read_bytes()  # how it draws and reads
+    spelling = (text.tokenizer.get_vocab(), text.tokenizer.chat_template)
+    facts = (dataset, code, spelling, text.max_length, text.layers, codec.autocast, codec.patch)
     key = fingerprint(*facts, modules=(model.vae, text.encoder))
     return RowCache(Path(cfg.data.cache), key, len(dataset))
 

@@ -1,7 +1,7 @@
 """The nouns. Nothing here computes; everything else speaks in these words.
 
-Shape letters, used everywhere: b batch, n target tokens, m reference tokens, s text tokens, c latent
-channels (128), d text features, h w pixels. σ = t ∈ [0, 1]; 1 is noise.
+Shape letters, used everywhere: b batch, n target tokens, m reference tokens, s text tokens, c
+latent channels (128), d text features, h w pixels. σ = t ∈ [0, 1]; 1 is noise.
 """
 
 from __future__ import annotations
@@ -231,13 +231,18 @@ class Reward(Protocol):
 
 Scores = Mapping[str, Tensor]
 Score = Callable[[Tensor, Batch], Callable[[], Scores]]
-"""(latents b n c, batch) → a function that waits for the named scores: a reward after the decoder, as
-methods get it. Scoring has begun when the call returns, so that the next chunk samples meanwhile."""
+"""(latents b n c, batch) → a function that waits for the named scores: a reward after the decoder,
+as methods get it. Scoring has begun when the call returns, so that the next chunk samples
+meanwhile."""
 
 
 @runtime_checkable
 class Deferred(Protocol):
     """A reward that scores in processes of its own."""
+
+    def ready(self) -> None:
+        """Waits until its processes can score; raises InputError where they cannot."""
+        ...
 
     def submit(self, images: Tensor, batch: Batch) -> Any:
         """Starts scoring and returns at once."""

@@ -57,7 +57,8 @@ class Advantages:
 def group_advantages(
     rewards: Tensor, groups: Tensor, bound: float = 5.0, eps: float = 1e-4
 ) -> Advantages:
-    """A = (R − mean_group) / (std_group + eps), |A| ≤ bound (GRPO, arXiv 2402.03300; std with n below).
+    """A = (R − mean_group) / (std_group + eps), |A| ≤ bound (GRPO, arXiv 2402.03300; std with n
+    below).
 
     rewards: b, NaN where unscored; groups: b prompt ids. A group whose scores are all alike says
     nothing: it is masked, not divided by eps.
@@ -87,6 +88,11 @@ def mean_scores(scores: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     names = scores[0] if scores else {}
     joined = {n: torch.cat([s[n] for s in scores]) for n in names}
     return {n: v.nanmean() for n, v in joined.items()}
+
+
+def spread(rewards: Tensor) -> Tensor:
+    """Standard deviation (with n below) of the rewards that are not NaN; NaN where none is."""
+    return (rewards - rewards.nanmean()).square().nanmean().sqrt()
 
 
 def weigh(batch: Batch, valid: Tensor, total: float) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flux2.errors import InputError
 from flux2.rng import Rng
 from flux2.types import Batch, Metrics, RoleSpec, Turn
 
@@ -29,6 +30,11 @@ class AutoencoderTraining:
 
     kl: float = 1e-4
     micro: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("kl", self.kl, 0), ("micro", self.micro, 1)):
+            if value < least:
+                raise InputError(f"method.{name} is {value}: it must be at least {least}")
 
     @property
     def roles(self) -> Mapping[str, RoleSpec]:

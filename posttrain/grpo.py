@@ -1,16 +1,16 @@
 """Flow-GRPO (Liu et al., arXiv 2505.05470), in its Fast form.
 
-    for each prompt: G samples; the first steps are drawn from the SDE kernel, the rest follow the ODE
-    A_i = (R_i − mean R) / std R                                      within the prompt's group
+    for each prompt: G samples; the first steps are drawn from the SDE kernel, the rest follow the
+    ODE A_i = (R_i − mean R) / std R                                      within the prompt's group
     r   = exp(log p_θ(x'|x) − log p_old(x'|x))                        log p averaged over dimensions
     L   = −min(r A, clip(r, 1 − ε, 1 + ε) A) + β KL(p_θ(·|x) ‖ p_ref(·|x))
 
-Guidance, where there is any, is part of the policy: rollout, old, new and reference log-probabilities
-are all those of the guided velocity v_u + g (v_c − v_u).
+Guidance, where there is any, is part of the policy: rollout, old, new and reference
+log-probabilities are all those of the guided velocity v_u + g (v_c − v_u).
 
-Left out: reward models inside the loss, value functions, and per-token ratios: a flow has no tokens.
-Log-probabilities keep their constants; chunks are the micro-batches, so that the first ratio is 1 up
-to the arithmetic's noise, which is measured before the first update.
+Left out: reward models inside the loss, value functions, and per-token ratios: a flow has no
+tokens. Log-probabilities keep their constants; chunks are the micro-batches, so that the first
+ratio is 1 up to the arithmetic's noise, which is measured before the first update.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from flux2.rng import Rng
 from flux2.samplers import guided, replay, sample_sde
 from flux2.schedule import EmpiricalShift, Grid, Schedule
 from flux2.types import Batch, Metrics, RoleSpec, Score, Turn, Velocity
-from posttrain._common import FirstSteps, check_group, group_advantages, mean_scores, weigh
+from posttrain._common import (
+    FirstSteps,
+    check_group,
+    group_advantages,
+    mean_scores,
+    spread,
+    weigh,
+)
 
 
 @dataclass
@@ -60,6 +67,7 @@ class GRPO:
         check_group(self.group)
         for name, value, least in (
             ("clip", self.clip, 1e-12), ("kl", self.kl, 0.0),
+            ("guidance", self.guidance, 0.0),
             ("chunk", self.chunk, 1), ("updates", self.updates, 1),
         ):  # fmt: skip
             if value < least:
@@ -99,7 +107,7 @@ class GRPO:
             self._measure_floor(policy, rollouts[0][0][0], grid)
         self._metrics = {
             **mean_scores(scores),
-            "reward_std": rewards[~rewards.isnan()].std(correction=0),
+            "reward_std": spread(rewards),
             "groups_flat": adv.flat,
             "rewards_missing": adv.missing,
         }
@@ -172,13 +180,13 @@ class GRPO:
         assert cond is not None
         with torch.enable_grad():
             step = replay(policy, e["x"], cond, grid, self.kernel, i)
-        floor = float((step.log_prob(e["x_next"]) - e["log_prob"]).abs().max())
+        floor = float((step.log_prob(e["x_next"]) - e["log_prob"]).detach().abs().max())
         print(f"noise floor of |Δ log p|: {floor:.2g}, clip {self.clip:.2g}", flush=True)
         if self.clip <= floor:
             raise InputError(
-                f"method.clip is {self.clip:g}, below the noise of the log-probabilities ({floor:.2g}): "
-                f"every ratio would be clipped by rounding; set it above {2 * floor:.1g}, or "
-                "engine.autocast=fp32"
+                f"method.clip is {self.clip:g}, below the noise of the log-probabilities "
+                f"({floor:.2g}): every ratio would be clipped by rounding; set it above "
+                f"{2 * floor:.1g}, or engine.autocast=fp32"
             )
         self._floor = floor
 

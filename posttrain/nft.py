@@ -5,8 +5,9 @@
     L = r̃·‖x̂0⁺ − x0‖²/w⁺ + (1 − r̃)·‖x̂0⁻ − x0‖²/w⁻,   x̂0 = x_t − t·v,   w = sg mean|x̂0 − x0|
     π_old ← decay·π_old + (1 − decay)·π_θ after every update
 
-No likelihoods and no SDE: the sampler may be any ODE solver, and guidance in the rollout is absorbed
-into the policy, which is trained, and should be sampled, without it unless `guidance` says otherwise.
+No likelihoods and no SDE: the sampler may be any ODE solver, and guidance in the rollout is
+absorbed into the policy, which is trained, and should be sampled, without it unless `guidance` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flux2.rng import Rng
 from flux2.samplers import guided, sample_euler
 from flux2.schedule import EmpiricalShift, Schedule
 from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
-from posttrain._common import check_group, group_advantages, mean_scores, weigh
+from posttrain._common import check_group, group_advantages, mean_scores, spread, weigh
 
 
 @dataclass
@@ -62,6 +63,8 @@ class NFT:
                             ("times", self.times)):  # fmt: skip
             if value <= 0:
                 raise InputError(f"method.{name} is {value}: it must be positive")
+        if self.kl < 0:
+            raise InputError(f"method.kl is {self.kl}: it must be at least 0")
         if not 0 <= self.decay < 1:
             raise InputError(f"method.decay is {self.decay}: give 0 to below 1")
         self.schedule(self.steps, 1)
@@ -101,7 +104,7 @@ class NFT:
         adv = group_advantages(rewards, torch.cat([c.groups for c in chunks]), self.bound)
         self._metrics = {
             **mean_scores(scores),
-            "reward_std": rewards[~rewards.isnan()].std(correction=0),
+            "reward_std": spread(rewards),
             "groups_flat": adv.flat,
             "rewards_missing": adv.missing,
         }

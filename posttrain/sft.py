@@ -2,8 +2,8 @@
 
     t ~ p(t),  ε ~ N(0, I),  x_t = (1 − t)·x0 + t·ε,  loss = ‖v_θ(x_t, t, c) − (ε − x0)‖² / dim
 
-(Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003.) Captions are dropped to the empty prompt
-by the data, so that classifier-free guidance has something to push away from.
+(Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003.) Captions are dropped to the empty
+prompt by the data, so that classifier-free guidance has something to push away from.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flux2.errors import InputError
 from flux2.flow import LogitNormal, TimeDensity, interpolate, target_velocity
 from flux2.rng import Rng
 from flux2.types import Batch, Metrics, RoleSpec, Turn
@@ -32,6 +33,12 @@ class FlowMatching:
     density: TimeDensity = field(default_factory=LogitNormal)
     micro: int = 64
     ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.micro < 1:
+            raise InputError(f"method.micro is {self.micro}: it must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"method.ema is {self.ema}: give 0 to below 1")
 
     @property
     def roles(self) -> Mapping[str, RoleSpec]:

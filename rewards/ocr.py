@@ -16,6 +16,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -356,6 +357,7 @@ class OCRReward:
             )
         self.graded, self.exact, self.match = graded, exact, match or TextMatch()
         self._no_target = 0
+        self._reader = reader
         self._workers: Workers[tuple[np.ndarray, Box | None], Reading] = Workers(
             _Build(reader), workers, timeout
         )
@@ -367,6 +369,14 @@ class OCRReward:
         if self._no_target:
             counts["no target"] = self._no_target
         return counts
+
+    @property
+    def engine(self) -> str:
+        """The reader and its settings, as a comparison must know them."""
+        if isinstance(self._reader, partial):
+            settings = ", ".join(f"{k}={v}" for k, v in sorted(self._reader.keywords.items()))
+            return f"{self._reader.func.__name__}({settings})"
+        return getattr(self._reader, "__name__", type(self._reader).__name__)
 
     def ready(self) -> None:
         """Waits until the readers are built; raises InputError where they cannot be."""

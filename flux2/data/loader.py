@@ -96,10 +96,8 @@ class Collator:
         ref = ref_ids = None
         if records[0].references:
             count = len(records[0].references)
-            encoded = [
-                self._encode(f"reference{k}", records, stack_images([r.references[k] for r in records]))
-                for k in range(count)
-            ]
+            images = [stack_images([r.references[k] for r in records]) for k in range(count)]
+            encoded = [self._encode(f"reference{k}", records, x) for k, x in enumerate(images)]
             ref = torch.cat(encoded, 1)
             patch = self.model.codec.patch
             grids = [(i.shape[0] // patch, i.shape[1] // patch) for i in records[0].references]
@@ -128,7 +126,8 @@ def _meta(record: Record) -> dict[str, object]:
 class Loader:
     """The global batch of a step, by its number.
 
-    Unreadable records are counted, told once each, and replaced by the next readable one of the batch.
+    Unreadable records are counted, told once each, and replaced by the next readable one of the
+    batch.
     """
 
     dataset: Dataset
@@ -147,7 +146,8 @@ class Loader:
         """The batch of a step; the same for the same (seed, step)."""
         records = self._read(self._sampler(step))
         u = keyed(self.seed, "caption_dropout", step).random(len(records))
-        return self.collate(records, torch.arange(len(records)), (u < self.caption_dropout).tolist())
+        dropped = (u < self.caption_dropout).tolist()
+        return self.collate(records, torch.arange(len(records)), dropped)
 
     def _read(self, indices: Sequence[int]) -> list[Record]:
         found: list[Record | None] = []

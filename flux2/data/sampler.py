@@ -16,9 +16,9 @@ from flux2.rng import keyed
 class IndexSampler:
     """Batches of one bucket each, every record once an epoch.
 
-    An epoch permutes the records of each bucket, cuts them into batches, and permutes the batches. A
-    bucket's last, short batch is filled from its beginning, so that no record is left out. The whole
-    state is the step: exact to resume, and independent of the number of ranks.
+    An epoch permutes the records of each bucket, cuts them into batches, and permutes the batches.
+    A bucket's last, short batch is filled from its beginning, so that no record is left out. The
+    whole state is the step: exact to resume, and independent of the number of ranks.
     """
 
     dataset: Dataset

@@ -1,18 +1,19 @@
 """The sign world: drawn signs whose every attribute is known.
 
-A sign is a coloured ground, one to three shapes, and a word. Prompt and image determine each other, so
-that text, colours, count, place and shape can be checked without a judge, and edits have exact targets.
-It is to post-training what CLEVR was to visual reasoning: small, exact, and hard to fool oneself with.
+A sign is a coloured ground, one to three shapes, and a word. Prompt and image determine each other,
+so that text, colours, count, place and shape can be checked without a judge, and edits have exact
+targets. It is to post-training what CLEVR was to visual reasoning: small, exact, and hard to fool
+oneself with.
 
-Letters stand on the 16-pixel cells of FLUX.2's latent grid (one letter, one token) in nine signs of ten;
-the rest are shifted by up to three pixels.
+Letters stand on the 16-pixel cells of FLUX.2's latent grid (one letter, one token) in nine signs of
+ten; the rest are shifted by up to three pixels.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,20 @@ LIGHTNESS = 25.0
 
 WORDS = tuple(
     """
-    ABLE ACID AREA ARMY AUNT AXLE BABY BACK BAKE BALL BAND BANK BARN BATH BEAN BEAR BELL BELT BIKE BIRD
-    BLUE BOAT BODY BOLT BONE BOOK BOOT BOWL BUSH CAFE CAGE CAKE CALM CAMP CARD CASH CAVE CHEF CITY CLAY
-    CLUB COAL COAT CODE COIN COLD COOK CORN CREW CUBE DARK DATE DAWN DECK DEER DESK DIAL DISH DIVE DOCK
-    DOOR DOVE DRUM DUCK DUST EAST EASY ECHO EDGE EXIT FACE FARM FAST FERN FILM FIRE FISH FLAG FLAT FLEX
-    FOAM FOLK FOOD FORK FREE FROG FUEL GAME GATE GIFT GLOW GOAT GOLD GOLF GRID GULF HALL HAND HARP HAWK
-    HERB HERO HIGH HILL HOME HOPE HORN HOST HOUR ICON INCH IRON ITEM JADE JAZZ JOKE JUMP JURY KELP KEYS
-    KING KITE KNOT LAKE LAMP LAND LEAF LENS LIME LINE LION LOCK LOFT LUCK MAIL MAPS MASK MAZE MEAL MENU
-    MILK MINT MOON MOTH NAVY NEST NEWS NOON NOTE OATS OKAY ONYX OPEN OVAL OVEN PAGE PARK PATH PEAR PINE
-    PLUM POEM POLO POND POOL PORT QUAD QUIZ RAIL RAIN REEF RING RISK ROAD ROCK ROOF ROPE ROSE RUBY SAFE
-    SAIL SALT SAND SEED SHIP SHOE SILK SNOW SOAP SOUP STAR STOP SURF SWAN TAXI TENT TIDE TILE TIME TOWN
-    TREE TUBE TUNA UNIT URGE VASE VEIL VIEW VINE VOLT WALK WARM WAVE WEST WIND WOLF WOOD WORK YARD YOGA
-    ZERO ZINC ZONE BUS GYM INN JAM PUB SKI SPA TEA VAN ZIP BAR BAY BOX CAB CUP DAM EGG FLY FOX HUB ICE
-    """.split()
+    ABLE ACID AREA ARMY AUNT AXLE BABY BACK BAKE BALL BAND BANK BARN BATH BEAN BEAR BELL BELT BIKE
+    BIRD BLUE BOAT BODY BOLT BONE BOOK BOOT BOWL BUSH CAFE CAGE CAKE CALM CAMP CARD CASH CAVE CHEF
+    CITY CLAY CLUB COAL COAT CODE COIN COLD COOK CORN CREW CUBE DARK DATE DAWN DECK DEER DESK DIAL
+    DISH DIVE DOCK DOOR DOVE DRUM DUCK DUST EAST EASY ECHO EDGE EXIT FACE FARM FAST FERN FILM FIRE
+    FISH FLAG FLAT FLEX FOAM FOLK FOOD FORK FREE FROG FUEL GAME GATE GIFT GLOW GOAT GOLD GOLF GRID
+    GULF HALL HAND HARP HAWK HERB HERO HIGH HILL HOME HOPE HORN HOST HOUR ICON INCH IRON ITEM JADE
+    JAZZ JOKE JUMP JURY KELP KEYS KING KITE KNOT LAKE LAMP LAND LEAF LENS LIME LINE LION LOCK LOFT
+    LUCK MAIL MAPS MASK MAZE MEAL MENU MILK MINT MOON MOTH NAVY NEST NEWS NOON NOTE OATS OKAY ONYX
+    OPEN OVAL OVEN PAGE PARK PATH PEAR PINE PLUM POEM POLO POND POOL PORT QUAD QUIZ RAIL RAIN REEF
+    RING RISK ROAD ROCK ROOF ROPE ROSE RUBY SAFE SAIL SALT SAND SEED SHIP SHOE SILK SNOW SOAP SOUP
+    STAR STOP SURF SWAN TAXI TENT TIDE TILE TIME TOWN TREE TUBE TUNA UNIT URGE VASE VEIL VIEW VINE
+    VOLT WALK WARM WAVE WEST WIND WOLF WOOD WORK YARD YOGA ZERO ZINC ZONE BUS GYM INN JAM PUB SKI
+    SPA TEA VAN ZIP BAR BAY BOX CAB CUP DAM EGG FLY FOX HUB ICE
+    """.split()  # noqa: SIM905 (as a list: 244 lines)
 )
 HELD_OUT_WORDS = WORDS[::4]
 TRAIN_WORDS = tuple(w for i, w in enumerate(WORDS) if i % 4)
@@ -69,6 +71,12 @@ HELD_OUT_PAIRS = frozenset(
     if (i + 3 * j) % 8 == 0
 )
 """(shape, colour name) pairs that training never shows together."""
+
+LOOKALIKES = {
+    a: b for pair in ("CG", "OQ", "EF", "IL", "MN", "UV", "PR", "BD", "SZ", "HK", "XY", "TJ")
+    for a, b in (pair, pair[::-1])
+}  # fmt: skip
+"""What a weak reader takes a letter for."""
 
 SPLITS = ("train", "heldout", "combinations")
 TASKS = ("t2i", "recolour", "move", "replace", "compose")
@@ -299,13 +307,7 @@ def sample_scene(u: np.ndarray, split: str, free_colours: bool, loose: float = 0
     named = tuple(COLOURS.values())
     ground = _pick(u[6], CUBE if free_colours else named)
     ink = _pick(u[7], _legible(ground, CUBE if free_colours else named))
-    held = split == "combinations"
-    pairs = tuple(
-        (s, COLOURS[c])
-        for s in SHAPES
-        for c in COLOURS
-        if ((s, c) in HELD_OUT_PAIRS) == held and COLOURS[c] in _apart(ground, named)
-    ) if held or ground not in NAMES else _seen_pairs(ground)  # fmt: skip
+    pairs = pairs_of(split, ground)
     shape, shape_colour = _pick(u[8], pairs)
     shift = (0, 0)
     if u[9] < loose:
@@ -317,11 +319,12 @@ def sample_scene(u: np.ndarray, split: str, free_colours: bool, loose: float = 0
 
 
 @functools.cache
-def _seen_pairs(ground: str) -> tuple[tuple[str, str], ...]:
-    clear = _apart(ground, tuple(COLOURS.values()))
+def pairs_of(split: str, ground: str) -> tuple[tuple[str, str], ...]:
+    """(shape, colour) pairs that a split shows on a ground: held-out ones only in `combinations`."""
+    clear, held = _apart(ground, tuple(COLOURS.values())), split == "combinations"
     return tuple(
         (s, v) for s in SHAPES for c, v in COLOURS.items()
-        if (s, c) not in HELD_OUT_PAIRS and v in clear
+        if ((s, c) in HELD_OUT_PAIRS) == held and v in clear
     )  # fmt: skip
 
 
@@ -337,8 +340,6 @@ class SignWorld:
         tasks: weights of the tasks (t2i, recolour, move, replace, compose).
         granularity: weights of full, short and json prompts.
         loose: share of signs whose letters do not stand on the latent grid.
-        edit_block: this many records in succession share a number of references, so that batches of
-            one bucket lose nothing.
     """
 
     split: str = "train"
@@ -347,17 +348,23 @@ class SignWorld:
     tasks: Mapping[str, float] | None = None
     granularity: Mapping[str, float] | None = None
     loose: float = 0.1
+    misread: float = 0.0
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"unknown split {self.split!r}: choose from {', '.join(SPLITS)}")
         if self.length < 1:
             raise InputError(f"data.length is {self.length}: it must be at least 1")
+        for name, share in (("loose", self.loose), ("misread", self.misread)):
+            if not 0 <= share <= 1:
+                raise InputError(f"data.{name} is {share}: give a share from 0 to 1")
         for field, known in (("tasks", TASKS), ("granularity", GRANULARITIES)):
             weights = getattr(self, field) or {known[0]: 1.0}
             unknown = set(weights) - set(known)
             if unknown:
-                raise InputError(f"data.{field} has no {min(unknown)!r}: choose from {', '.join(known)}")
+                raise InputError(
+                    f"data.{field} has no {min(unknown)!r}: choose from {', '.join(known)}"
+                )
             if min(weights.values()) < 0 or sum(weights.values()) <= 0:
                 raise InputError(f"data.{field}: weights must be ≥ 0 and not all 0")
             object.__setattr__(self, "_" + field, _cumulative(tuple(weights.items())))
@@ -368,7 +375,7 @@ class SignWorld:
     def _uniforms(self, index: int) -> np.ndarray:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return keyed(self.seed, "signs", self.split, index).random(40)
+        return keyed(self.seed, "signs", self.split, index).random(44)
 
     def task_of(self, index: int) -> str:
         """The task of a record."""
@@ -386,11 +393,19 @@ class SignWorld:
         free = granularity == "json" and task == "t2i" and u[37] < 0.3
         scene = sample_scene(u[:18], self.split, free, self.loose)
         if task == "t2i":
-            prompt, asked = prompt_of(scene, granularity)
+            said = replace(scene, word=self._transcribe(scene.word, u[40:]))
+            prompt, asked = prompt_of(said, granularity)
             meta = scene.truth() | {"task": task, "asked": asked, "granularity": granularity}
             return Record(index, prompt, draw(scene), meta=meta)
         other = sample_scene(u[18:36], self.split, False, self.loose)
-        return _edit(index, task, scene, other, u[36])
+        return _edit(index, task, self.split, scene, other, u[36], lambda w: self._transcribe(w, u[40:]))
+
+    def _transcribe(self, word: str, u: np.ndarray) -> str:
+        """The word as the caption has it; never a held-out one."""
+        read = "".join(
+            LOOKALIKES.get(c, c) if v < self.misread else c for c, v in zip(word, u, strict=False)
+        )
+        return word if self.split == "train" and read in _HELD_OUT else read
 
 
 def _cumulative(weights: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
@@ -405,7 +420,15 @@ def _choose(u: float, cumulative: tuple[tuple[str, float], ...]) -> str:
     return next((name for name, below in cumulative if u < below), cumulative[-1][0])
 
 
-def _edit(index: int, task: str, scene: Scene, other: Scene, u: float) -> Record:
+def _edit(
+    index: int,
+    task: str,
+    split: str,
+    scene: Scene,
+    other: Scene,
+    u: float,
+    transcribe: Callable[[str], str],
+) -> Record:
     """An edit of `scene` towards an attribute of `other`; a no-op draw is moved on to the next."""
     references: tuple[np.ndarray, ...] = (draw(scene),)
     plural = scene.shape + ("es" if scene.shape == "cross" else "s") * (scene.count > 1)
@@ -423,12 +446,15 @@ def _edit(index: int, task: str, scene: Scene, other: Scene, u: float) -> Record
     elif task == "replace":
         word = other.word if other.word != scene.word else scene.word[::-1]
         target = replace(scene, word=word)
-        prompt = f'change the word to "{word}"'
+        prompt = f'change the word to "{transcribe(word)}"'
     else:
-        # Image 1 gives the shape, image 2 everything else.
-        if other.shape_colour not in _apart(scene.ground, tuple(COLOURS.values())):
-            other = replace(other, ground=scene.ground, shape_colour=scene.shape_colour,
-                            ink=scene.ink)  # fmt: skip
+        # Image 1 gives the shape, image 2 everything else. What would not stand out on image 2's
+        # ground, would show a pair that the split holds out, or would change nothing, is redrawn.
+        pairs = [p for p in pairs_of(split, scene.ground) if p != (scene.shape, scene.shape_colour)]
+        if (other.shape, other.shape_colour) not in pairs:
+            shape, colour = pairs[int(u * len(pairs))]
+            other = replace(other, ground=scene.ground, ink=scene.ink, shape=shape,
+                            shape_colour=colour)  # fmt: skip
         target = replace(scene, shape=other.shape, shape_colour=other.shape_colour)
         references = (draw(other), references[0])
         prompt = "put the shape of image 1 on the sign of image 2"
@@ -443,8 +469,13 @@ def _recolour(scene: Scene, what: str, other: Scene) -> Scene:
     """`scene` with one colour changed to another that keeps everything legible."""
     named = tuple(COLOURS.values())
     if what == "ground":
-        fits = [g for g in named if g != scene.ground
-                and scene.ink in _legible(g, named) and scene.shape_colour in _apart(g, named)]  # fmt: skip
+        fits = [
+            g
+            for g in named
+            if g != scene.ground
+            and scene.ink in _legible(g, named)
+            and scene.shape_colour in _apart(g, named)
+        ]
     else:
         pool = (_legible if what == "ink" else _apart)(scene.ground, named)
         fits = [c for c in pool if c != getattr(scene, what)]

@@ -1,0 +1,110 @@
+"""Groups, advantages and windows, against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flux2.analytic import toy_condition
+from flux2.errors import InputError
+from flux2.schedule import Linear
+from flux2.types import Batch
+from posttrain._common import (
+    FirstSteps,
+    check_group,
+    group_advantages,
+    mean_scores,
+    spread,
+    weigh,
+)
+
+NAN = math.nan
+
+
+def test_advantages_by_hand():
+    """Group 7 scores 1, 2, 3; group 4 has no spread; group 9 one score; group 0 scores 0, 10."""
+    groups = torch.tensor([7, 4, 9, 0, 7, 4, 9, 0, 7, 0])
+    rewards = torch.tensor([1.0, 5.0, NAN, 0.0, 2.0, 5.0, 4.0, 10.0, 3.0, NAN])
+    adv = group_advantages(rewards, groups, eps=1e-4)
+    high = 1 / (math.sqrt(2 / 3) + 1e-4)  # ddof 0: the variance of 1, 2, 3 is 2/3
+    fifth = 5 / (5 + 1e-4)
+    want = torch.tensor([-high, 0, 0, -fifth, 0, 0, 0, fifth, high, 0])
+    torch.testing.assert_close(adv.value, want)
+    assert adv.valid.tolist() == [True, False, False, True, True, False, False, True, True, False]
+    assert adv.flat == 2 / 4
+    assert adv.missing == pytest.approx(2 / 10)
+
+
+def test_advantages_go_by_group_id_and_not_by_order():
+    rewards, groups = torch.tensor([0.3, 0.9, 0.1, 0.8, 0.4, 0.2]), torch.tensor([1, 1, 1, 2, 2, 2])
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    straight = group_advantages(rewards, groups)
+    mixed = group_advantages(rewards[order], groups[order])
+    torch.testing.assert_close(mixed.value, straight.value[order])
+
+
+def test_advantages_are_bounded():
+    """One winner among 50 has (n − 1)/√(n − 1) = 7 and each loser −1/7."""
+    rewards, groups = torch.zeros(50), torch.zeros(50, dtype=torch.int64)
+    rewards[3] = 1
+    high = group_advantages(rewards, groups, eps=1e-9).value
+    assert high[3] == 5
+    torch.testing.assert_close(high[0], torch.tensor(-1 / 7))
+    assert group_advantages(-rewards, groups).value[3] == -5
+    assert group_advantages(rewards, groups, bound=2.0).value[3] == 2
+    torch.testing.assert_close(
+        group_advantages(rewards, groups, bound=9.0, eps=1e-9).value[3], torch.tensor(7.0)
+    )
+
+
+def test_spread_below_eps_says_nothing():
+    groups = torch.zeros(4, dtype=torch.int64)
+    assert not group_advantages(torch.tensor([0.5, 0.5, 0.5, 0.50005]), groups).valid.any()
+    assert group_advantages(torch.tensor([0.5, 0.5, 0.5, 0.5003]), groups).valid.all()
+
+
+def test_without_any_score_all_is_masked_and_finite():
+    adv = group_advantages(torch.full((4,), NAN), torch.tensor([0, 0, 1, 1]))
+    assert not adv.valid.any() and not adv.value.any()
+    assert (adv.flat, adv.missing) == (1.0, 1.0)
+
+
+def test_mean_scores_skip_what_was_not_scored():
+    scores = [{"reward": torch.tensor([1.0, NAN])}, {"reward": torch.tensor([4.0])}]
+    assert mean_scores(scores) == {"reward": 2.5}
+    assert mean_scores([]) == {}
+
+
+def test_spread_is_that_of_the_scored():
+    """Of 1, 2 and 6: mean 3, variance 14/3."""
+    rewards = torch.tensor([1.0, NAN, 2.0, 6.0])
+    torch.testing.assert_close(spread(rewards), torch.tensor(math.sqrt(14 / 3)))
+    assert spread(torch.tensor([NAN, NAN])).isnan()
+
+
+def test_weights_are_one_over_the_total_where_valid():
+    ids = torch.arange(3)
+    batch = Batch(ids, ("a",) * 3, toy_condition(3, 1), ids, ({},) * 3, (1, 1))
+    valid = torch.tensor([True, False, True])
+    assert weigh(batch, valid, 8.0).tolist() == [1 / 8, 0, 1 / 8]
+
+
+def test_windows():
+    grid = Linear()(6, 1)
+    assert FirstSteps(3)(grid) == (0, 1, 2)
+    assert FirstSteps(2, skip=3)(grid) == (3, 4)
+    for window in (FirstSteps(6), FirstSteps(2, skip=4), FirstSteps(1, skip=5)):
+        with pytest.raises(InputError, match="stays noiseless"):
+            window(grid)
+    for count, skip in ((0, 0), (-1, 0), (1, -1)):
+        with pytest.raises(InputError, match=r"method\.window"):
+            FirstSteps(count, skip)
+
+
+def test_a_group_of_one_is_refused():
+    check_group(2)
+    for group in (1, 0, -3):
+        with pytest.raises(InputError, match=f"method.group is {group}"):
+            check_group(group)
