@@ -15,6 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +321,7 @@ def sample_scene(u: np.ndarray, split: str, free_colours: bool, loose: float = 0
 
 @functools.cache
 def pairs_of(split: str, ground: str) -> tuple[tuple[str, str], ...]:
-    """(shape, colour) pairs that a split shows on a ground: held-out ones only in `combinations`."""
+    """(shape, colour) pairs that a split shows on a ground: held-out ones in `combinations`."""
     clear, held = _apart(ground, tuple(COLOURS.values())), split == "combinations"
     return tuple(
         (s, v) for s in SHAPES for c, v in COLOURS.items()
@@ -398,7 +399,8 @@ class SignWorld:
             meta = scene.truth() | {"task": task, "asked": asked, "granularity": granularity}
             return Record(index, prompt, draw(scene), meta=meta)
         other = sample_scene(u[18:36], self.split, False, self.loose)
-        return _edit(index, task, self.split, scene, other, u[36], lambda w: self._transcribe(w, u[40:]))
+        said = partial(self._transcribe, u=u[40:])
+        return _edit(index, task, self.split, scene, other, u[36], said)
 
     def _transcribe(self, word: str, u: np.ndarray) -> str:
         """The word as the caption has it; never a held-out one."""
