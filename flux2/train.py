@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,13 @@ def check(cfg: DictConfig) -> None:
     OmegaConf.to_container(cfg, throw_on_missing=True, resolve=True)
 
 
-@dataclass
 class Scorer:
     """reward ∘ decode, as methods get it. Made before the model, so that a method can be checked
-    first."""
+    first. No dataclass: Hydra would hand methods a dictionary of it."""
 
-    reward: Any
-    model: Flux2 | None = None
+    def __init__(self, reward: Any, model: Flux2 | None = None) -> None:
+        self.reward, self.model = reward, model
+        self._works = False
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> Callable[[], Scores]:
         """Starts scoring; rewards that work in processes of their own are not waited for."""
@@ -78,9 +78,22 @@ class Scorer:
         images, reward = self.model.codec.decode(x, batch.grid), self.reward
         if isinstance(reward, Deferred):
             pending = reward.submit(images, batch)
-            return lambda: reward.result(pending)
-        scores = reward(images, batch)
+            return lambda: self._checked(reward.result(pending))
+        scores = self._checked(reward(images, batch))
         return lambda: scores
+
+    def _checked(self, scores: Scores) -> Scores:
+        """Refuses a reward that scores nothing at all: later failures are masked, but a run whose
+        first chunk has no score is set up wrongly."""
+        if not self._works and bool(scores["reward"].isnan().all()):
+            why = ", ".join(f"{k} × {n}" for k, n in getattr(self.reward, "failures", {}).items())
+            raise InputError(
+                f"the reward scored no sample of the first chunk ({why or 'all NaN'}): give "
+                "prompts that it can score, or another reward (reward=ocr-whole reads without a "
+                "known region)"
+            )
+        self._works = True
+        return scores
 
 
 def learning_rate(cfg: Any, steps: int) -> LearningRate:

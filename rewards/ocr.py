@@ -355,6 +355,10 @@ class OCRReward:
             raise InputError(
                 f"OCR reward weights graded={graded}, exact={exact}: use two numbers ≥ 0, one > 0"
             )
+        # While cv2 is being imported its own folder, with a typing.py, leads sys.path; a worker
+        # that is spawned in that moment inherits it and dies. So the import comes before workers.
+        import cv2  # noqa: F401
+
         self.graded, self.exact, self.match = graded, exact, match or TextMatch()
         self._no_target = 0
         self._reader = reader
