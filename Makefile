@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 NANO := outputs/nano
 
 help:
-	@echo 'make demo    GRPO on the nano model, with a table before and after (python run.py)'
+	@echo 'make demo    online RL on the nano model, with a table before and after (python run.py)'
 	@echo 'make test    the tests, with style, types and import contracts'
 	@echo 'make nano    train the nano model anew and put it in experiments/nano/base'
 	@echo 'make clean   remove caches and the environment; outputs/ stays'

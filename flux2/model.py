@@ -100,7 +100,7 @@ def _pretrained(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any
 
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     if dtype is not None and cls.__module__.startswith("diffusers"):
-        kwargs = {"torch_dtype": dtype, "low_cpu_mem_usage": True}
+        kwargs = {"dtype": dtype, "low_cpu_mem_usage": True}
     try:
         return cls.from_pretrained(folder, local_files_only=True, **kwargs)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from omegaconf import OmegaConf
+from PIL import Image
 
 from flux2.adapters import Switch
 from flux2.data.loader import Collator, stack_images
@@ -43,15 +44,13 @@ def test_size() -> None:
 @pytest.mark.parametrize("task", ["t2i", "replace", "compose"])
 def test_pipeline_draws_the_same(nano: Flux2, task: str) -> None:
     """Same noise, steps and guidance, fp32: diffusers' own pipeline, opened from the folder."""
-    pipeline = Flux2KleinPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    pipeline = Flux2KleinPipeline.from_pretrained(FOLDER, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     record = SignWorld("heldout", tasks={task: 1.0})[3]
     sampler = Sampler(steps=4, guidance=3.0)
     batch = Collator(nano, latents=False, unconditional=True)([record], torch.tensor([3]))
     ours = nano.codec.decode_float(sampler(velocity(nano), batch, seed=5), batch.grid)
     noise = Rng(5, 0)("sample", batch.ids, batch.shape)
-    from PIL import Image
-
     theirs = pipeline(
         prompt=record.prompt,
         image=[Image.fromarray(r) for r in record.references] or None,
