@@ -145,7 +145,7 @@ def test_recipe(recipe: str):
 
 def test_the_default_is_the_demo():
     cfg = composed()
-    assert (cfg.stage.name, cfg.model.name, cfg.seed) == ("grpo", "nano", 0)
+    assert (cfg.stage.name, cfg.model.name, cfg.seed) == ("nft", "nano", 0)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -80,7 +80,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             f"stage: {{name: {name}, run: tiny_stages.{name}}}\n"
             "kill: false\narguments: {}\nneeded: 1\nmodel: {name: tiny}\nlogger: {interval: 5.0}\n"
         )
-    (conf / "stage" / "grpo.yaml").symlink_to("fine.yaml")
+    (conf / "stage" / "nft.yaml").symlink_to("fine.yaml")
     (conf / "optim" / "adam.yaml").write_text("lr: 0.1\n")
     (conf / "optim" / "muon.yaml").write_text("lr: 0.02\n")
     recipe = "# @package _global_\ndefaults: [{override /stage: fine}, {override /optim: muon}]\n"
@@ -315,6 +315,6 @@ def test_help_is_quick_and_imports_nothing_heavy(conf, tmp_path):
     print(f"--help took {seconds:.2f} s")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines()[-1] == "end"  # none of the three
-    for word in ("autoencoder", "pretrain", "sft", "grpo", "sample", "eval", "-m stage=grpo"):
+    for word in ("autoencoder", "pretrain", "sft", "grpo", "nft", "sample", "eval", "-m stage=grpo"):
         assert word in done.stdout
     assert seconds < 5
