@@ -167,7 +167,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             summary["seconds"] = round(time.monotonic() - started, 1)
             return summary
     finally:
-        for part in (reward, evaluation):
+        parts: list[Any] = [reward, evaluation]
+        for part in parts:
             if hasattr(part, "close"):
                 part.close()
 

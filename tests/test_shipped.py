@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_pipeline_draws_the_same(nano: Flux2, task: str) -> None:
     batch = Collator(nano, latents=False, unconditional=True)([record], torch.tensor([3]))
     ours = nano.codec.decode_float(sampler(velocity(nano), batch, seed=5), batch.grid)
     noise = Rng(5, 0)("sample", batch.ids, batch.shape)
-    theirs = pipeline(
+    theirs: Any = pipeline(
         prompt=record.prompt,
         image=[Image.fromarray(r) for r in record.references] or None,
         height=64,
