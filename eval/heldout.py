@@ -203,7 +203,7 @@ class HeldOut:
         n = self.prompts * self.noises
         note = f"{n} (prompt, noise) pairs, paired by prompt and noise; * rewarded in training"
         if self.control:
-            note += "; control: gain of pretraining continued for the same time"
+            note += "; control: gain where pretraining went on instead"
         self._log.print(note)
         (self._folder / "table.txt").write_text(f"{text}\n{note}\n")
         pictures = self._pictures(before, after, step)
