@@ -53,8 +53,7 @@ def export_pipeline(
     """Writes a folder that Flux2KleinPipeline opens, with role `name` as its transformer.
 
     Adapters are merged in fp32 before the weights are rounded to `dtype`. The latent statistics
-    stay
-    fp32: bf16 would move every latent.
+    stay fp32: bf16 would move every latent.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 

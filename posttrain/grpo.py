@@ -1,7 +1,7 @@
 """Flow-GRPO (Liu et al., arXiv 2505.05470), in its Fast form.
 
-    for each prompt: G samples; the first steps are drawn from the SDE kernel, the rest follow the
-    ODE A_i = (R_i − mean R) / std R                                      within the prompt's group
+    for each prompt: G samples; the window's steps are drawn from the SDE kernel, the others by ODE
+    A_i = (R_i − mean R) / std R                                      within the prompt's group
     r   = exp(log p_θ(x'|x) − log p_old(x'|x))                        log p averaged over dimensions
     L   = −min(r A, clip(r, 1 − ε, 1 + ε) A) + β KL(p_θ(·|x) ‖ p_ref(·|x))
 
