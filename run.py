@@ -4,7 +4,8 @@
 
 main composes (or, for resume=<run>, reads what was composed) and hands each configuration to `job`,
 which knows nothing of Hydra. Only `job` imports stages, and with them torch and diffusers, so that
---help and a misspelt key are answered at once.
+--help and a misspelt key are answered at once. With launch.processes=2 the job is done by two
+processes (flux2/launch.py); and where a launcher has started several, they do it (docs/launch.md).
 
 Exit codes: 0 done; 1 failed; 2 wrong configuration or input, told in one line on stderr; 130 and
 143 interrupted.
@@ -38,8 +39,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from flux2.checkpoint import Interrupted, Run
+from flux2 import distributed, launch
 from flux2.errors import InputError
+from flux2.ranks import attend, create, started_by_launcher, undisturbed, without_local_rank
+from flux2.runs import Interrupted
 
 CONF = Path(__file__).resolve().parent / "conf"
 DONE, FAILED, WRONG = 0, 1, 2
@@ -51,7 +54,8 @@ OmegaConf.register_new_resolver(  # files that are shipped with the project, fro
 def job(cfg: DictConfig) -> dict[str, Any]:
     """Run cfg's stage in cfg.run.dir; returns its summary, which is also in summary.json.
 
-    Raises what the stage raises, after the manifest's status has been set.
+    Among several ranks every one calls this, with the same configuration; rank 0 alone writes the
+    run's files. Raises what the stage raises, after the manifest's status has been set.
     """
     if cfg.recipe.stage not in (None, cfg.stage.name):
         raise InputError(_mismatch(cfg.recipe.stage, cfg.stage.name))
@@ -59,34 +63,98 @@ def job(cfg: DictConfig) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(cfg.launch.threads)
-    run = Run.create(cfg)
+    if distributed.launched():
+        from flux2.engine import pick_device
+
+        distributed.start(pick_device(OmegaConf.select(cfg, "engine.device") or "auto"))
+    run = create(cfg)
+
+    def finish(status: str, summary: dict[str, Any] | None = None) -> None:
+        if distributed.is_main():
+            with undisturbed():
+                run.finish(status, summary)
+
     try:
         module, _, function = str(cfg.stage.run).rpartition(".")
         stage: Callable[[DictConfig], dict[str, Any]] = getattr(import_module(module), function)
         summary = stage(cfg)
-    except KeyboardInterrupt:
-        run.finish("interrupted")
-        print(f"interrupted; to go on: python run.py resume={run.path}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        finish("interrupted")
+        interrupt.add_note(f"interrupted; to go on: python run.py resume={run.path}")
         raise
     except BaseException:
-        run.finish("failed")
+        finish("failed")
         raise
-    run.finish("done", summary)
+    finish("done", summary)
+    if distributed.launched():  # after a failure the others may be waiting elsewhere
+        distributed.barrier()
+        distributed.stop()
     return summary
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main() -> int:
     """Run what sys.argv says; returns the exit code."""
     arguments = sys.argv[1:]
+    if arguments[:1] == [launch.AGENT]:
+        return launch.agent(arguments[1:])
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if arguments[:1] == [launch.WORKER]:
+        return launch.work(arguments[1:], job, lambda error: _ending(error, ()))
+    try:
+        started = started_by_launcher()
+    except InputError as error:
+        return _say(*_ending(error, arguments))
+    if started is None:
+        return _command(arguments, _perform, _say)
+    arguments = without_local_rank(arguments)
+
+    def command(perform: Callable[[DictConfig], int], say: Callable[[int, str], int]) -> int:
+        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
+            raise InputError(
+                "-m runs several jobs, and a launcher's ranks do one: give each key one value, or "
+                "leave the launcher out and write launch.processes=…"
+            )
+
+        def checked(cfg: DictConfig) -> int:
+            launch.check(cfg, started)
+            return perform(cfg)
+
+        return _command(arguments, checked, say)
+
+    return attend(command, job, lambda error: _ending(error, arguments), _say)
+
+
+def _perform(cfg: DictConfig) -> int:
+    """One job, here or on the ranks that it asks for; returns its exit code."""
+    if launch.check(cfg) == 1:
+        job(cfg)
+        return DONE
+    code, text = launch.start(cfg, Path(__file__))
+    _say(code, text)
+    if code > 128:
+        raise Interrupted(code - 128)
+    return code
+
+
+def _command(
+    arguments: Sequence[str], perform: Callable[[DictConfig], int], say: Callable[[int, str], int]
+) -> int:
+    """Do the jobs that the command line asks for; returns the exit code.
+
+    perform: does one; returns its exit code. say: prints what went wrong; returns the exit code.
+    """
     jobs: list[tuple[str, int]] = []  # (overrides, exit code) of each
 
-    def attempt(run: Callable[[], object]) -> int:
+    def attempt(run: Callable[[], int]) -> int:
         """Run one job; its failure is told at once, and is returned, so that a sweep goes on."""
         try:
-            run()
+            return run()
         except Exception as error:
-            return _tell(error, arguments)
-        return DONE
+            return say(*_ending(error, arguments))
 
     def composed(cfg: DictConfig) -> None:
         # Unresolved: an override may be an interpolation, and a wrong one at that.
@@ -94,26 +162,25 @@ def main() -> int:
         name = " ".join(map(str, overrides or ()))
         if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
             print(f"job {HydraConfig.get().job.num}: {name}", flush=True)
-        jobs.append((name, attempt(lambda: job(_placed(cfg, sweep)))))
+        jobs.append((name, attempt(lambda: perform(_placed(cfg, sweep)))))
 
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
     chosen = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     try:
         _check_flags(arguments)
         if stored := _stored(arguments):
-            return attempt(lambda: job(_reread(*stored)))
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(composed)()
+            return attempt(lambda: perform(_reread(*stored)))
+        with _command_line(arguments):
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(composed)()
     except Interrupted as interrupt:
-        return 128 + interrupt.signum
+        return say(*_ending(interrupt, arguments))
     except Exception as error:  # jobs' own are caught above: this is Hydra at work
         if isinstance(error, OSError) and error.filename is not None:
             text = f"cannot write {error.filename}: {error.strerror}; choose another run.dir"
-            return _tell(InputError(text), arguments)
-        if type(error) is ValueError:
-            return _tell(InputError(f"{error}; see --help"), arguments)
-        return _tell(error, arguments)
+            error = InputError(text)
+        elif type(error) is ValueError:
+            error = InputError(f"{error}; see --help")
+        return say(*_ending(error, arguments))
     finally:
         if chosen is None:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -124,6 +191,17 @@ def main() -> int:
         print(f"{len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}", file=sys.stderr)
     codes = {code for _, code in jobs} - {DONE}
     return FAILED if FAILED in codes else WRONG if codes else DONE
+
+
+@contextlib.contextmanager
+def _command_line(arguments: Sequence[str]):
+    """Hydra reads sys.argv: these arguments in it."""
+    whole = sys.argv
+    sys.argv = [whole[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = whole
 
 
 def _interrupt(signum: int, _: FrameType | None) -> None:
@@ -168,6 +246,8 @@ def _reread(path: Path, changes: Sequence[str]) -> DictConfig:
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path}/config.yaml: {_line(error)}; restore it") from error
     assert isinstance(cfg, DictConfig)
+    # A run from before a launch key existed has the key's default.
+    cfg.launch = OmegaConf.merge(OmegaConf.load(CONF / "launch" / "local.yaml"), cfg.launch)
     OmegaConf.set_struct(cfg, True)
     for change in OverridesParser.create().parse_overrides(list(changes)):
         key, value = change.key_or_group, change.value()
@@ -189,14 +269,21 @@ def _reread(path: Path, changes: Sequence[str]) -> DictConfig:
 # ---------------------------------------------------------------- errors in one line
 
 
-def _tell(error: Exception, arguments: Sequence[str]) -> int:
-    """Say what went wrong; returns the exit code that it means."""
-    text = _explain(error, arguments)
+def _say(code: int, text: str) -> int:
+    """Print, if there is something to say; returns the code."""
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
+    """The exit code that an exception means, and what to say: one line, or the traceback."""
+    if isinstance(error, Interrupted):
+        return 128 + int(error.signum), "\n".join(getattr(error, "__notes__", ()))
+    text = _explain(error, arguments) if isinstance(error, Exception) else None
     if text is None:
-        traceback.print_exception(error)
-        return FAILED
-    print(f"error: {_line(text)}", file=sys.stderr)
-    return WRONG
+        return FAILED, "".join(traceback.format_exception(error)).rstrip()
+    return WRONG, f"error: {_line(text)}"
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> str | None:

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from eval.records import Fingerprint, Results, Score, compare, summarise
 from eval.suite import Named, Suite, table
+from flux2 import distributed
 from flux2.data.loader import Collator
 from flux2.data.record import Dataset, Record
 from flux2.errors import InputError
-from flux2.generate import Sampler, buckets
+from flux2.generate import Sampler, buckets, sample_together
 from flux2.log import Log, grid
 from flux2.model import Flux2
 from flux2.types import Metric, Velocity
@@ -68,6 +69,7 @@ class HeldOut:
     headline: Sequence[str] = ()
     control: Mapping[str, Any] | None = None
     _history: dict[int, Evaluated] = field(default_factory=dict)
+    _measured: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for name, value in (("prompts", self.prompts), ("noises", self.noises)):
@@ -87,21 +89,24 @@ class HeldOut:
         return [self.dataset[i] for i in range(self.prompts)]
 
     def evaluate(self, model: Flux2, velocity: Velocity, label: str) -> Evaluated:
-        """Samples every (prompt, noise) pair and scores it."""
+        """Samples every (prompt, noise) pair, all ranks together; rank 0 scores them."""
         scores: list[Score] = []
         images: list[Tensor] = []
         prompts: list[str] = []
         grids: set[str] = set()
         engines: dict[str, str] = {}
-        bar = tqdm(total=self.prompts * self.noises, desc=label, leave=False, dynamic_ncols=True,
-                   disable=None)  # fmt: skip
+        share = self.prompts * self.noises // distributed.size()
+        bar = tqdm(total=share, desc=label, leave=False, dynamic_ncols=True,
+                   disable=None if distributed.is_main() else True)  # fmt: skip
         collate = Collator(model, latents=False, unconditional=self.sampler.guidance != 1)
         for group in buckets(self.records()):
             rows = [r for r in group for _ in range(self.noises)]
             ids = torch.tensor([r.id * self.noises + k for r in group for k in range(self.noises)])
             seeds = [k for _ in group for k in range(self.noises)]
             batch = collate(rows, ids)
-            latents = self.sampler(velocity, batch, self.seed, bar.update)
+            latents = sample_together(self.sampler, velocity, batch, self.seed, bar.update)
+            if not distributed.is_main():
+                continue
             pixels = model.codec.decode(latents, batch.grid)
             values = self.suite.values(pixels, batch)
             engines |= {name: _engine(self.metrics[key]) for name, (key, _) in values.items()}
@@ -112,7 +117,7 @@ class HeldOut:
                 prompts += batch.prompts[: self.shown]
         bar.close()
         results = Results(tuple(scores), self._fingerprints(engines, "+".join(sorted(grids))))
-        return Evaluated(results, torch.cat(images), tuple(prompts))
+        return Evaluated(results, torch.cat(images) if images else torch.empty(0), tuple(prompts))
 
     def ceilings(self, model: Flux2) -> dict[str, float]:
         """Each value on the held-out targets after the autoencoder's round trip."""
@@ -143,6 +148,14 @@ class HeldOut:
         """Evaluates the model as it is; a resumed run reads what it measured before."""
         self._model, self._role, self._log = model, roles[roles.trainable[0]], log
         self._folder = Path(cfg.run.dir) / "evaluation"
+        if distributed.is_main():
+            self._read(step)
+        self._measured = set(distributed.broadcast(list(self._history)))
+        if 0 not in self._measured:
+            self._measure(0)
+
+    def _read(self, step: int) -> None:
+        """What was measured up to `step`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._folder.glob("step_*.jsonl")):
             at = int(path.stem.removeprefix("step_"))
@@ -151,8 +164,12 @@ class HeldOut:
                 self._history[at] = Evaluated(
                     Results.load(path), shots["images"], tuple(shots["prompts"])
                 )
-        if 0 not in self._history:
-            self._measure(0)
+
+    def latest(self, step: int) -> dict[str, float]:
+        """The means measured at `step`; {} where nothing was."""
+        shot = self._history.get(step)
+        rows = summarise(shot.results.scores) if shot is not None else {}
+        return {name: row["mean"] for name, row in rows.items()}
 
     def after_step(self, step: int) -> None:
         """The loop's hook."""
@@ -161,11 +178,15 @@ class HeldOut:
 
     def _measure(self, step: int) -> dict[str, float]:
         shot = self.evaluate(self._model, self._role, f"evaluating at step {step}")
-        shot.results.save(self._folder / f"step_{step:06d}.jsonl")
-        torch.save(
-            {"images": shot.images, "prompts": list(shot.prompts)},
-            self._folder / f"step_{step:06d}.pt",
-        )
+        self._measured.add(step)
+        if not distributed.is_main():
+            return {}
+        # Beside their place first, and the records last: they say that the pictures are there.
+        path, temporary = self._folder / f"step_{step:06d}", self._folder / ".unfinished"
+        torch.save({"images": shot.images, "prompts": list(shot.prompts)}, temporary)
+        temporary.replace(path.with_suffix(".pt"))
+        shot.results.save(temporary)
+        temporary.replace(path.with_suffix(".jsonl"))
         self._history[step] = shot
         means = {name: row["mean"] for name, row in summarise(shot.results.scores).items()}
         shown = self.headline or list(means)[:4]
@@ -177,8 +198,10 @@ class HeldOut:
 
     def finish(self, step: int) -> dict[str, Any]:
         """Evaluates the result, prints the table before/after, draws pictures; the summary."""
-        if step not in self._history:
+        if step not in self._measured:
             self._measure(step)
+        if not distributed.is_main():
+            return {}
         before, after = self._history[0], self._history[step]
         changes, ceilings = compare(before.results, after.results), self.ceilings(self._model)
         trained = {s.metric for s in after.results.scores if s.trained_on}
@@ -265,7 +288,6 @@ def _mean(scores: Sequence[Score], name: str) -> float:
 def evaluate(cfg: Any) -> dict[str, Any]:
     """stage=eval: a model's or a run's scores on held-out prompts, with ceilings and pictures."""
     from flux2.adapters import Switch
-    from flux2.checkpoint import Run
     from flux2.engine import pick_device
     from flux2.model import AUTOCAST, check_model, load_initial
     from flux2.roles import VelocityRole
@@ -280,6 +302,8 @@ def evaluate(cfg: Any) -> dict[str, Any]:
             model.transformer, Switch(model.transformer), None, AUTOCAST[cfg.engine.autocast]
         )
         shot = held.evaluate(model, role, "evaluating")
+        if not distributed.is_main():
+            return {}
         ceilings = held.ceilings(model)
         summary = held.suite.report(
             shot.results.scores, run.path, shot.results.fingerprints, ceilings

@@ -144,20 +144,22 @@ def _attend(
     return out.flatten(2, 3)
 
 
-def install(transformer: nn.Module, backend: str | None = None) -> None:
-    """Gives a Flux2Transformer2DModel positions per sample.
-
-    backend: one of diffusers' attention backends (native, _native_math, _flash_3, …); None is
-        native.
+def named(backend: str | None) -> AttentionBackendName | None:
+    """One of diffusers' attention backends (native, _native_math, _flash_3, …); None is native.
 
     Raises:
         InputError: diffusers knows no such backend.
     """
     try:
-        chosen = None if backend is None else AttentionBackendName(backend)
+        return None if backend is None else AttentionBackendName(backend)
     except ValueError:
         names = ", ".join(b.value for b in AttentionBackendName)
         raise InputError(f"model.attention is {backend!r}: choose from {names}") from None
+
+
+def install(transformer: nn.Module, backend: str | None = None) -> None:
+    """Gives a Flux2Transformer2DModel positions per sample; backend: see `named`."""
+    chosen = named(backend)
     config: Any = transformer.config
     transformer.pos_embed = BatchedPosEmbed(config.rope_theta, tuple(config.axes_dims_rope))
     for block in transformer.transformer_blocks:  # pyright: ignore

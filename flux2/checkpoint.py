@@ -1,253 +1,317 @@
-"""Run directories, checkpoints that are whole or absent, lineage, and interrupts.
+"""Checkpoints that are whole or absent, written by all ranks and read by any number of them.
 
-    run directory    config.yaml  manifest.json  metrics.jsonl  summary.json  samples/  export/
-    checkpoint       checkpoints/step_000012/{weights.safetensors, state.pt, meta.json}
+    checkpoints/step_000012/
+        weights.safetensors, or weights-RRRRR-PPPPP.safetensors by rank and part
+        state.pt     what is no tensor of a role: counters, the method's state
+        meta.json    notes, the file of each tensor, a sha256 of each file, the score
 
-Everything is written beside its place, synced and renamed, so a reader, or a run that resumes after
-a power cut, sees the old file or the new one and nothing between. Only the functions that move
-tensors import torch: a wrong path is refused before the seconds that this takes.
+Tensors are whole and go by name, so a checkpoint knows neither engine nor number of ranks. All is
+written into a hidden folder beside its place, synced, and renamed by rank 0. torch is imported
+where tensors are moved: a wrong path is refused before the seconds that this takes.
 """
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import math
 import os
 import re
-import secrets
 import shutil
-import signal
-import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-
+from flux2 import distributed
 from flux2.errors import InputError
+from flux2.files import (
+    digest,
+    jsonable,
+    read_json,
+    sha256,
+    sha256_of,
+    sync_file,
+    sync_folder,
+    write_json,
+)
+from flux2.shards import Share, Tensors, write_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+Best = tuple[str, float, Literal["max", "min"]]
 WEIGHTS, STATE, META = "weights.safetensors", "state.pt", "meta.json"
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "hydra-core")
-_STEP = re.compile(r"step_(\d{6,})")
+OPTIMIZER = "optimizer/"
+MAX_BYTES = 4 << 30
+# A hidden `.replaced` is the whole checkpoint that another of the same step was about to follow.
+_STEP = re.compile(r"step_(\d{6,})|\.step_(\d{6,})\.replaced")
 
 
-# ---------------------------------------------------------------- files
+def on_main(function: Callable[[], T]) -> T:
+    """function() on rank 0 alone; its value, or what it raised, on every rank. Collective."""
+    if not distributed._group():
+        return function()
+    value, fault = None, None
+    if distributed.is_main():
+        try:
+            value = function()
+        except Exception as error:
+            fault = error
+    value, told = distributed.broadcast((value, None if fault is None else _portable(fault)))
+    if told is not None:
+        raise fault or told
+    return value  # pyright: ignore[reportReturnType] (a None is then the function's own)
 
 
-def jsonable(value: Any) -> Any:
-    """`value` in JSON's types. NaN and infinities, which JSON lacks, become None.
-
-    Tensors and numpy values become numbers or lists, paths strings. Raises TypeError on the rest.
-    """
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(v) for v in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if callable(getattr(value, "tolist", None)):
-        return jsonable(value.tolist())
-    raise TypeError(f"{type(value).__name__} has no form in JSON: {value!r}")
+def _portable(error: Exception) -> Exception:
+    """`error` as something that can be pickled, and says the same."""
+    if isinstance(error, InputError):
+        return InputError(str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror or str(error))
+    return RuntimeError(f"{type(error).__name__}: {_line(error)}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Put `text` at `path` in one step: after a crash the old content is there, or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON at `path`, in one step."""
-    write_text(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; restore it or name another run") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; restore it or name another run")
-    return value
-
-
-def _sync_folder(path: Path) -> None:
-    """Make renames inside `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: weights by name, the state of everything else, notes."""
+    """What a checkpoint holds: tensors by name, the state of everything else, notes."""
 
     path: Path
     step: int
-    weights: dict[str, Tensor]
+    tensors: Tensors
     state: dict[str, Any]
     meta: dict[str, Any]
 
-
-def write_checkpoint(
-    root: Path,
-    step: int,
-    weights: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    keep: int | None = None,
-) -> Path:
-    """Write root/step_NNNNNN, whole or not at all.
-
-    Args:
-        root: the run's checkpoints folder; made if absent.
-        step: updates done.
-        weights: tensors of any shape and device. Those that share memory are stored apart.
-        state: optimizer, method, counters: dicts, lists, tensors and plain values only, since it is
-            read back with weights_only=True. Anything else raises TypeError now, not at the resume.
-        meta: JSON-able notes.
-        keep: afterwards delete all but the newest `keep` checkpoints; None keeps all.
-
-    Raises:
-        ValueError: keep < 1 or step < 0.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    if step < 0 or (keep is not None and keep < 1):
-        raise ValueError(f"step={step} must be at least 0 and keep={keep} at least 1")
-    _check_plain(state, "state")
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step_{step:06d}"
-    temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed writer left
-    temporary.mkdir()
-    try:
-        save_file(_unshared(weights), temporary / WEIGHTS)
-        torch.save(dict(state), temporary / STATE)
-        body = {
-            "step": step,
-            "meta": jsonable(meta),
-            "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, STATE)},
-        }
-        for name in (WEIGHTS, STATE):
-            _sync_file(temporary / name)
-        write_json(temporary / META, {**body, "digest": _digest(body)})
-        _remove(final)  # a step that is done again after a resume
-        os.replace(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync_folder(root)
-    if keep is not None:
-        # Later ones, should there be any, are damaged (else the run had resumed from them): they
-        # must not push out good ones, so they do not count.
-        for old in [p for s, p in _steps(root) if s <= step][:-keep]:
-            _remove(old)
-    return final
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest undamaged checkpoint under `root`; None if there is none.
-
-    Every file is compared with its checksum. A damaged checkpoint is skipped, and a line on stderr
-    says so.
-    """
-    for _, path in reversed(_steps(root)):
-        damage = _damage(path)
-        if damage is None:
-            return path
-        print(f"skipped checkpoint {path}: {damage}", file=sys.stderr)
-    return None
+    @property
+    def weights(self) -> Tensors:
+        """The roles' tensors, "<role>/<path>", without the optimizer's."""
+        return self.tensors.select(lambda name: not name.startswith(OPTIMIZER))
 
 
 def load_checkpoint(path: Path, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint to the CPU.
+    """Open a checkpoint; its tensors are read to the CPU as they are asked for.
 
     Args:
         path: a folder step_NNNNNN.
-        verify: compare checksums first; False right after latest_checkpoint, which did.
+        verify: compare checksums first; rank 0 does, and every rank must call. False right after
+            latest_checkpoint, which did, and then any rank may call alone.
 
     Raises:
         InputError: it is absent or damaged.
     """
     import torch
 
-    damage = _damage(path) if verify else None
+    damage = on_main(lambda: damage_of(path)) if verify else None
     if damage is not None:
         raise InputError(f"cannot load checkpoint {path}: {damage}; name another one")
     body = read_json(path / META)
-    weights = read_safetensors(path / WEIGHTS)
     # The checksums hold, so what fails here is a fault of the code, not of the file.
     state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    return Checkpoint(path, body["step"], weights, state, body["meta"])
+    return Checkpoint(path, body["step"], Tensors(path, body["index"]), state, body["meta"])
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises InputError if absent or corrupt."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest undamaged checkpoint under `root`, the same on every rank; None if there is none.
 
+    Every file is compared with its checksum, by rank 0; every rank must call. A damaged checkpoint
+    is skipped, and a line on stderr says so.
+    """
+    return on_main(lambda: find_latest(root))
+
+
+def find_latest(root: Path) -> Path | None:
+    """latest_checkpoint for one process alone."""
+    return _first_whole(path for _, path in reversed(steps(root)))
+
+
+def find_best(root: Path) -> Path | None:
+    """The undamaged checkpoint with the best score, for one process alone."""
+    return _first_whole(_by_score(steps(root)))
+
+
+def _first_whole(paths: Iterable[Path]) -> Path | None:
+    for path in paths:
+        damage = damage_of(path)
+        if damage is None:
+            return path
+        print(f"skipped checkpoint {path}: {damage}", file=sys.stderr)
+    return None
+
+
+def steps(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints under `root`, oldest first, unverified."""
+    if not root.is_dir():
+        return []
+    found = {p.name: m for p in root.iterdir() if (m := _STEP.fullmatch(p.name))}
+    stood_in = {n for n in found if n.startswith(".") and _visible(n) in found}
+    return sorted((int(m[1] or m[2]), root / n) for n, m in found.items() if n not in stood_in)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a run's checkpoint."""
+    return _STEP.fullmatch(path.name) is not None and path.parent.name == "checkpoints"
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if nothing is. Reads every byte."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"cannot read weights {path}: {_line(error)}; restore the file or name another"
+        body = json.loads((path / META).read_text(encoding="utf-8"))
+        expected = body.pop("digest")
+        if expected != digest(body) or _visible(path.name) != f"step_{body['step']:06d}":
+            return f"{META} was altered"
+        names = sorted(body["sha256"])
+        for name, found in zip(names, sha256_of(path / n for n in names), strict=True):
+            if found != body["sha256"][name]:
+                return f"{name} was altered"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{META} cannot be read"
+    return None
+
+
+def weights_hash(path: Path) -> str:
+    """One hash of all that a checkpoint holds, from its meta.json, for lineage."""
+    return digest(read_json(path / META)["sha256"])
+
+
+def _visible(name: str) -> str:
+    return name.removeprefix(".").removesuffix(".replaced")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_checkpoint(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    keep: int | None = None,
+    best: Best | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Path:
+    """Write root/step_NNNNNN, whole or not at all. Every rank calls it, on one file system.
+
+    Args:
+        root: the run's checkpoints folder; made if absent.
+        step: updates done.
+        tensors: this rank's share, of any shape and device; no two ranks have a name in common.
+            Those that share memory are stored apart. An iterable is consumed as it is written and
+            each tensor copied, so that its memory may be used again for the next. It is consumed to
+            its end on every rank, whatever happens: gathers inside it never wait for a rank.
+        state: method, counters: dicts, lists, tensors and plain values only, since it is read back
+            with weights_only=True. Anything else raises TypeError now, not at the resume. Rank 0's
+            counts, as with `meta`.
+        meta: JSON-able notes.
+        keep: afterwards delete all but the newest `keep` checkpoints; None keeps all.
+        best: (name, value, "max" or "min"), this checkpoint's score. The best so far by the newest
+            score's name is kept besides the newest ones. A value that is not finite is no score.
+        max_bytes: of a file; a larger tensor has a file of its own. A rank holds as much in memory.
+
+    Raises:
+        ValueError: keep < 1, step < 0, or a mode that is neither. A name that comes twice, too.
+        OSError: the disk is full or the like, on any rank: the same on all, in one line. Nothing of
+            the new checkpoint remains, and the older ones are untouched.
+    """
+    if step < 0 or (keep is not None and keep < 1):
+        raise ValueError(f"step={step} must be at least 0 and keep={keep} at least 1")
+    score = _score(best)
+    final = root / f"step_{step:06d}"
+    temporary = root / f".{final.name}.tmp"
+
+    def begin() -> None:
+        _check_plain(state, "state")
+        root.mkdir(parents=True, exist_ok=True)
+        sync_folder(root.parent)
+        tidy(root)
+        temporary.mkdir()
+
+    on_main(lambda: _explained(begin, final))
+    share = write_share(temporary, distributed.rank(), tensors, max_bytes)
+    if share.fault is not None and distributed._group():
+        share.fault = _portable(share.fault)
+    shares = distributed.gather_objects(share)
+
+    def finish() -> None:
+        try:
+            files, index = _joined(shares)
+            if len(files) == 1 and (only := next(iter(files))) != WEIGHTS:
+                os.replace(temporary / only, temporary / WEIGHTS)
+                files, index = {WEIGHTS: files[only]}, dict.fromkeys(index, WEIGHTS)
+            _write_rest(temporary, files, index, step, state, jsonable(meta), score)
+            _put(temporary, final)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if keep is not None:
+            _rotate(root, step, keep)
+
+    on_main(lambda: _explained(finish, final))
+    return final
+
+
+def _joined(shares: list[Share]) -> tuple[dict[str, str], dict[str, str]]:
+    """All ranks' files and index. Raises what stopped a rank, naming it."""
+    files: dict[str, str] = {}
+    index: dict[str, str] = {}
+    for rank, share in enumerate(shares):
+        if share.fault is not None:
+            raise share.fault if len(shares) == 1 else _of_rank(rank, share.fault)
+        if twice := sorted(set(index) & set(share.index)):
+            raise ValueError(f"two ranks have a tensor named {twice[0]}")
+        files |= share.files
+        index |= share.index
+    return files, index
+
+
+def _of_rank(rank: int, fault: Exception) -> Exception:
+    if isinstance(fault, OSError):
+        return OSError(fault.errno, f"{fault.strerror} (rank {rank})")
+    return RuntimeError(f"rank {rank}: {_line(fault)}")
+
+
+def _write_rest(
+    folder: Path,
+    files: Mapping[str, str],
+    index: Mapping[str, str],
+    step: int,
+    state: Mapping[str, Any],
+    meta: Any,
+    score: dict[str, Any] | None,
+) -> None:
+    """state.pt and meta.json, synced with their folder."""
+    import torch
+
+    # torch.save to a file that cannot grow leaves its own error behind in place of the disk's.
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    with open(folder / STATE, "wb") as file:
+        file.write(buffer.getbuffer())
+    sync_file(folder / STATE)
+    hashes = {**files, STATE: sha256(folder / STATE)}
+    body = {"step": step, "meta": meta, "score": score, "sha256": hashes, "index": dict(index)}
+    write_json(folder / META, {**body, "digest": digest(body)})  # it syncs the folder
+
+
+def _explained(function: Callable[[], object], final: Path) -> None:
+    """function(), with an OSError told in one line that says what it means for the run."""
+    try:
+        function()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write checkpoint {final}: {error.strerror or error}; those before it are "
+            "whole: make room and resume",
         ) from error
-
-
-def _unshared(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as safetensors wants them."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in weights.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return out
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -266,280 +330,90 @@ def _check_plain(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; state holds plain values only")
 
 
-def _steps(root: Path) -> list[tuple[int, Path]]:
-    """Checkpoints under `root` by step, oldest first; temporary folders are none."""
-    if not root.is_dir():
-        return []
-    found = ((_STEP.fullmatch(p.name), p) for p in root.iterdir())
-    return sorted((int(m[1]), p) for m, p in found if m)
+# ---------------------------------------------------------------- which ones stay
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if nothing is."""
-    try:
-        body = json.loads((path / META).read_text(encoding="utf-8"))
-        digest = body.pop("digest")
-        if digest != _digest(body) or path.name != f"step_{body['step']:06d}":
-            return f"{META} was altered"
-        for name, expected in body["sha256"].items():
-            if _sha256(path / name) != expected:
-                return f"{name} was altered"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{META} cannot be read"
-    return None
+def _put(temporary: Path, final: Path) -> None:
+    """Rename into place. One of the same step, done again after a resume, stays findable until
+    then: with keep=1 there is no other."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
+def _delete(path: Path) -> None:
     """Delete a checkpoint; first its name, so that what is half deleted is not taken for one."""
-    if path.exists():
-        trash = path.with_name(f".{path.name}.old")
-        shutil.rmtree(trash, ignore_errors=True)
-        os.replace(path, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+    trash = path.with_name(f".{_visible(path.name)}.deleted")
+    os.replace(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- runs
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run directory. Its facts are in manifest.json, and nowhere else."""
-
-    path: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """manifest.json as it is now."""
-        return read_json(self.path / "manifest.json")
-
-    def update(self, **facts: Any) -> None:
-        """Set fields of the manifest, e.g. schedule_hash="…", model_role="policy"."""
-        write_json(self.path / "manifest.json", {**self.manifest, **facts})
-
-    def finish(self, status: str, summary: Mapping[str, Any] | None = None) -> None:
-        """Set the final status (done | failed | interrupted); write summary.json if given one."""
-        if summary is not None:
-            write_json(self.path / "summary.json", summary)
-        self.update(status=status, finished=_now())
-
-    @staticmethod
-    def create(cfg: DictConfig) -> Run:
-        """Make cfg.run.dir, or take up the run in it, and write config.yaml and manifest.json.
-
-        cfg.run.dir and cfg.run.id are set to what they became.
-
-        Raises:
-            InputError: the directory cannot be written, or holds a run that is not to be resumed.
-        """
-        path = Path(cfg.run.dir).resolve()
-        old = _resumable(cfg, path)
-        cfg.run.dir = str(path)
-        if old is not None:
-            cfg.run.id = old["id"]
-        elif cfg.run.id is None:
-            cfg.run.id = secrets.token_hex(4)
-        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
-        manifest = {
-            "id": cfg.run.id,
-            "parents": [] if init is None else [init.parent()],
-            "stage": cfg.stage.name,
-            "model": OmegaConf.select(cfg, "model.name"),
-            "model_role": None,
-            "seed": cfg.seed,
-            "versions": {
-                "python": ".".join(map(str, sys.version_info[:3])),
-                **{name: metadata.version(name) for name in PACKAGES},
-            },
-            "git_commit": _git_commit(),
-            "schedule_hash": None,
-            "started": _now(),
-            **({} if old is None else old),
-            "status": "running",
-            "finished": None,
-        }
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-            write_json(path / "manifest.json", manifest)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the run directory {path}: {error.strerror}; choose another run.dir"
-            ) from error
-        return Run(path)
-
-
-def _resumable(cfg: DictConfig, path: Path) -> dict[str, Any] | None:
-    """The manifest of the run in `path` if this run goes on with it; None to start afresh."""
-    if not (path / "manifest.json").exists():
-        if cfg.resume not in (None, "auto"):
-            raise InputError(f"resume={cfg.resume} holds no run (no manifest.json); name a run")
-        return None
-    old = read_json(path / "manifest.json")
-    if cfg.resume is not None:
-        if old["stage"] != cfg.stage.name:
-            raise InputError(
-                f"{path} holds a run of stage={old['stage']}, not {cfg.stage.name}; "
-                f"write stage={old['stage']} or choose another run.dir"
-            )
-        return old
-    # A run that failed before its first checkpoint has nothing to lose: it may be run again.
-    if old["status"] != "failed" or _steps(path / "checkpoints"):
-        raise InputError(
-            f"{path} already holds a run ({old['status']}); "
-            "choose another run.dir, or add resume=auto to go on with it"
-        )
-    return None
-
-
-def resolve_resume(cfg: DictConfig) -> Path | None:
-    """The checkpoint to go on from, verified; None: start at step 0.
-
-    `resume=<run directory>` demands one; `resume=auto` takes the one in run.dir if there is any.
-
-    Raises:
-        InputError: `resume=<run directory>` without an undamaged checkpoint in it.
-    """
-    if cfg.resume is None:
-        return None
-    run = Path(cfg.run.dir if cfg.resume == "auto" else cfg.resume)
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    if checkpoint is None and cfg.resume != "auto":
-        raise InputError(
-            f"resume={cfg.resume} has no undamaged checkpoint; start again in another run.dir"
-        )
-    return checkpoint
-
-
-@dataclass(frozen=True)
-class Init:
-    """The weights of an earlier run.
-
-    Attributes:
-        run: its directory.
-        manifest: its manifest.json.
-        weights: a checkpoint folder, or the run's export/ (diffusers' layout).
-        is_export: which of the two.
-    """
-
-    run: Path
-    manifest: Mapping[str, Any]
-    weights: Path
-    is_export: bool
-
-    def parent(self) -> dict[str, str]:
-        """The entry of `parents` in a manifest: where, which run, and the hash of these weights."""
-        if self.is_export:
-            files = sorted(p for p in self.weights.rglob("*") if p.is_file())
-            content = {str(p.relative_to(self.weights)): _sha256(p) for p in files}
+def tidy(root: Path) -> None:
+    """Clear away what a killed writer left, and finish what it had begun. Only the run itself may,
+    on rank 0."""
+    for path in sorted(root.glob(".step_*")):
+        if path.name.endswith(".replaced") and not (final := root / _visible(path.name)).exists():
+            os.replace(path, final)
         else:
-            content = read_json(self.weights / META)["sha256"]
-        return {"path": str(self.weights), "id": self.manifest["id"], "hash": _digest(content)}
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def resolve_init(path: str | Path) -> Init:
-    """The weights that `init_from=` names.
-
-    path: a run (then its newest checkpoint, else its export/), or one of a run's checkpoints.
-
-    Raises:
-        InputError: there is no run, or it has no weights that are whole.
-    """
-    path = Path(path).resolve()
-    if _STEP.fullmatch(path.name) and path.parent.name == "checkpoints":
-        damage = _damage(path)
-        if damage is not None:
-            raise InputError(f"init_from={path} is damaged: {damage}; name another checkpoint")
-        run, weights = path.parent.parent, path
-    elif (path / "manifest.json").is_file():
-        run, weights = path, latest_checkpoint(path / "checkpoints")
-    else:
-        raise InputError(
-            f"init_from={path} is no run (no manifest.json there); name a run directory"
-        )
-    manifest = read_json(run / "manifest.json")
-    if weights is not None:
-        return Init(run, manifest, weights, is_export=False)
-    if (run / "export").is_dir():
-        return Init(run, manifest, run / "export", is_export=True)
-    raise InputError(f"init_from={path} has neither an undamaged checkpoint nor an export/")
+def _rotate(root: Path, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` and the best."""
+    # Later ones, should there be any, are damaged (else the run had resumed from them): they must
+    # not push out good ones, so they do not count.
+    mine = [(s, p) for s, p in steps(root) if s <= step]
+    stay = {path for _, path in mine[-keep:]} | set(_by_score(mine)[:1])
+    for _, path in mine:
+        if path not in stay:
+            _delete(path)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _git_commit() -> str | None:
-    """The source's commit, "-dirty" appended if files differ from it; None outside a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
+def _score(best: Best | None) -> dict[str, Any] | None:
+    if best is not None and best[2] not in ("max", "min"):
+        raise ValueError(f"best={best}: the last is max or min")
+    if best is None or not math.isfinite(best[1]):
         return None
-    return done.stdout.strip()
+    return {"name": best[0], "value": float(best[1]), "mode": best[2]}
+
+
+def _by_score(found: list[tuple[int, Path]]) -> list[Path]:
+    """Checkpoints that have the newest score's name, best first; of equals the older first."""
+    scores: list[tuple[dict[str, Any], Path]] = []
+    for _, path in found:
+        try:
+            score = json.loads((path / META).read_text(encoding="utf-8"))["score"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, which who asks for it is told
+        if score is not None:
+            scores.append((score, path))
+    if not scores:
+        return []
+    name, sign = scores[-1][0]["name"], -1 if scores[-1][0]["mode"] == "max" else 1
+    mine = [(sign * score["value"], path) for score, path in scores if score["name"] == name]
+    return [path for _, path in sorted(mine, key=lambda pair: pair[0])]
 
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-# ---------------------------------------------------------------- interrupts
+# ---------------------------------------------------------------- moved to flux2.runs, flux2.files
+
+_MOVED = {
+    **dict.fromkeys(("Run", "Interrupt", "Interrupted", "resolve_resume"), "flux2.runs"),
+    **dict.fromkeys(("Init", "resolve_init"), "flux2.lineage"),
+    **dict.fromkeys(("write_text", "write_bytes"), "flux2.files"),
+    "read_safetensors": "flux2.shards",
+}
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived. No Exception, so nothing that catches those swallows it."""
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
-class Interrupt:
-    """Lets a loop end at a step's boundary.
-
-        with Interrupt() as stop:
-            for step in …:
-                …
-                if stop.signum:
-                    save(step)
-                    stop.abort()
-
-    The first SIGINT or SIGTERM sets `signum`; a second one raises Interrupted at once.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
-            raise Interrupted(signum)
-        self.signum = signum
-        # print() may be in the middle of itself when a signal arrives; write() cannot be.
-        os.write(2, b"\nstopping after this step, with a checkpoint; again to stop at once\n")
-
-    def abort(self) -> NoReturn:
-        """Raise Interrupted for the signal that arrived."""
-        assert self.signum is not None
-        raise Interrupted(self.signum)
+    if name in _MOVED:
+        return getattr(import_module(_MOVED[name]), name)
+    raise AttributeError(name)

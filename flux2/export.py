@@ -1,11 +1,19 @@
-"""Exports that the ecosystem opens: a folder in diffusers' layout."""
+"""Exports that the ecosystem opens, each opened again and compared before it counts as done.
+
+    diffusers        a folder for Flux2KleinPipeline or Flux2Pipeline
+    single           the transformer in one file of the original layout
+    lora-diffusers   an adapter, for load_lora_weights
+    lora-original    the same under the original layout's names, for ComfyUI
+
+Functions take plain tensors by name, not live modules, so that what is written does not depend on
+how a run was sharded; the same tensors give the same bytes.
+"""
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +21,23 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flux2 import adapters
+from flux2 import adapters, folders, formats, quantise, verify
+from flux2.checkpoint import on_main
+from flux2.distributed import is_main
+from flux2.errors import InputError
+from flux2.files import write_json
+from flux2.formats import Adapter, Part
 from flux2.latents import to_float
+from flux2.lineage import export_manifest, schedule_hash
 from flux2.model import Flux2
-from flux2.roles import Roles
+from flux2.roles import Local, Roles, Storage, VelocityRole
+from flux2.schedule import EmpiricalShift, Schedule
+
+WHOLE, LORA = ("diffusers", "single"), ("lora-diffusers", "lora-original")
+FORMATS = (*WHOLE, *LORA)
+
+
+# ---------------------------------------------------------------- the autoencoder
 
 
 @torch.no_grad()
@@ -40,69 +61,317 @@ def measure_statistics(vae: torch.nn.Module, images: Iterable[Tensor]) -> None:
 
 
 def export_autoencoder(model: Flux2, images: Iterable[Tensor], folder: Path) -> Path:
-    """Writes folder/vae with its latent statistics measured on `images`."""
+    """Writes folder/vae with its latent statistics measured on `images`: by all ranks, so that all
+    have them; rank 0 writes."""
     measure_statistics(model.vae.eval(), images)
-    with _replacing(folder) as temporary:
-        model.vae.save_pretrained(temporary / "vae")  # pyright: ignore
+
+    def write() -> None:
+        with folders.replacing(folder) as temporary:
+            folders.write_vae(model.vae, temporary / "vae", torch.float32)
+
+    on_main(write)
+    return folder
+
+
+# ---------------------------------------------------------------- what is exported, and how
+
+
+@dataclass(frozen=True)
+class Target:
+    """How an export is to be.
+
+    Attributes:
+        format: one of FORMATS.
+        dtype: of the weights in the file.
+        merge: fold the adapter into a whole model; False writes the base that the adapter is for.
+        role: base, distilled or guidance-distilled.
+        schedule: what the scheduler's configuration is to reproduce.
+        source: the manifest of the run that it comes from, or {}.
+        parent: where its weights lie there, as in a manifest's `parents`.
+    """
+
+    format: str
+    dtype: torch.dtype
+    merge: bool = True
+    role: str = "base"
+    schedule: Schedule = field(default_factory=EmpiricalShift)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    parent: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and how far it is from what was meant (see flux2.verify)."""
+
+    path: Path
+    format: str
+    differences: Mapping[str, float]
+    tolerance: Mapping[str, float]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the differences that are too large."""
+        return [k for k, v in self.differences.items() if not v <= self.tolerance[k]]
+
+    def line(self) -> str:
+        """For a person."""
+        found = ", ".join(
+            f"{k} {v:.1e} (allowed {self.tolerance[k]:.0e})" for k, v in self.differences.items()
+        )
+        return f"{self.format} → {self.path}: opened again by diffusers, off by {found}"
+
+
+def expected(
+    model: Flux2,
+    backbone: torch.nn.Module,
+    adapter: str | None,
+    root: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """The probe's velocity with an adapter or without, computed in the weights' own dtype.
+
+    root: a sharded engine's, see flux2.roles.VelocityRole; all ranks then call this together.
+    """
+    dtype = next(backbone.parameters()).dtype
+    autocast = None if dtype == torch.float32 else dtype
+    role = VelocityRole(backbone, adapters.Switch(backbone), adapter, autocast)
+    role.root = root or role.root
+    with torch.no_grad():
+        return role(*verify.probe(model))
+
+
+def export_weights(
+    model: Flux2,
+    weights: Mapping[str, Tensor],
+    adapter: Adapter | None,
+    folder: Path,
+    target: Target,
+    want: Tensor,
+) -> Report:
+    """Writes one export, opens it in its own ecosystem, compares, and only then puts it in place.
+
+    Args:
+        model: gives the shapes, the autoencoder and the text encoder; its transformer's weights are
+            not read.
+        weights: the transformer's by diffusers' names; with an adapter, those it was trained on.
+        adapter: what was trained on them, if that was LoRA.
+        folder: where the export goes; an older one in that place is replaced.
+        want: the velocity that it must have on `verify.probe(model)`: with the adapter, unless a
+            whole model is written unmerged.
+
+    Raises:
+        InputError: a format that this model, adapter or schedule cannot have.
+        RuntimeError: what was opened differs by more than the tolerance; nothing is left behind.
+    """
+    check_target(target, None if adapter is None else adapter.pairs)
+    folded = adapter if target.merge else None
+    with folders.replacing(folder) as temporary:
+        if target.format in LORA:
+            assert adapter is not None
+            hashes, differences = _lora(model, weights, adapter, temporary, target, want)
+        else:
+            parts = formats.merged(weights, folded, target.dtype)
+            write = _pipeline if target.format == "diffusers" else _single
+            hashes, differences = write(model, parts, temporary, target, want)
+        limits = verify.tolerance(model, target.dtype)
+        report = Report(folder, target.format, differences, {k: limits[k] for k in differences})
+        if report.failed:
+            raise RuntimeError(f"the export is not what was trained: {report.line()}")
+        write_json(temporary / "manifest.json", _manifest(model, target, adapter, hashes, report))
+    return report
+
+
+def export_run(
+    model: Flux2,
+    roles: Roles,
+    name: str,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    role: str | None = None,
+    schedule: Schedule | None = None,
+    lineage: Mapping[str, Any] | None = None,
+    parent: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a folder that diffusers' pipeline opens, with role `name` as its transformer. All
+    ranks call it together, whatever their engine; rank 0 writes.
+
+    Adapters are merged in fp32 before the weights are rounded to `dtype`. The latent statistics
+    stay fp32: bf16 would move every latent.
+
+    Args:
+        role: what the result is; None: what the model was.
+        schedule: of the run's sampler; None: FLUX.2's own.
+        lineage, parent: the run's manifest, and its entry among the export's parents.
+
+    Raises:
+        RuntimeError: what diffusers opened differs from the role; the old export stays.
+    """
+    mine = roles[name]
+    want = expected(model, mine.backbone, mine.adapter, mine.root)
+    weights, adapter = gathered(roles, name)
+    target = Target(
+        "diffusers",
+        dtype,
+        role=role or model.info.role,
+        schedule=schedule or EmpiricalShift(),
+        source=lineage or {},
+        parent=parent,
+    )
+
+    def write() -> None:
+        report = export_weights(model, weights, adapter, folder, target, want)
+        print(report.line(), flush=True)
+
+    on_main(write)
     return folder
 
 
 def export_pipeline(
-    model: Flux2, roles: Roles, name: str, folder: Path, dtype: torch.dtype
+    model: Flux2, roles: Roles, name: str, folder: Path, dtype: torch.dtype, **facts: Any
 ) -> Path:
-    """Writes a folder that Flux2KleinPipeline opens, with role `name` as its transformer.
+    """export_run; its former name."""
+    return export_run(model, roles, name, folder, dtype, **facts)
 
-    Adapters are merged in fp32 before the weights are rounded to `dtype`. The latent statistics
-    stay fp32: bf16 would move every latent.
+
+def gathered(roles: Roles, name: str) -> tuple[dict[str, Tensor], Adapter | None]:
+    """A role's tensors as `tensors_of` gives them, whole, from wherever an engine has put them: on
+    rank 0, and nothing on the others. Trained ones are the fp32 masters. All ranks call it."""
+    mine, storage, main = roles[name], roles.storage, is_main()
+    own: dict[str, Tensor] = {}
+    for key, tensor in roles.tensors():
+        if main and key.startswith(f"{name}/"):
+            own[key.removeprefix(f"{name}/")] = _kept(tensor, storage)
+    if own and mine.adapter is None:
+        return own, None
+    if isinstance(storage, Local):
+        weights, _ = tensors_of(mine.backbone, None)
+    else:
+        weights = {}
+        for key, parameter in mine.backbone.named_parameters():
+            if "lora_" not in key:
+                tensor = storage.whole(parameter, storage.part(parameter))
+                if main:
+                    weights[key.replace(".base_layer", "")] = _kept(tensor, storage)
+    if mine.adapter is None or not main:
+        return weights, None
+    return weights, Adapter.read(own, _scale(mine.backbone, mine.adapter))
+
+
+def _kept(tensor: Tensor, storage: Storage) -> Tensor:
+    """Local tensors are the run's own; gathered ones go to the host, one by one."""
+    return tensor if isinstance(storage, Local) else tensor.detach().to("cpu", copy=True)
+
+
+def _scale(backbone: Any, adapter: str) -> float:
+    config = backbone.peft_config[adapter]
+    return config.lora_alpha / config.r
+
+
+def tensors_of(
+    backbone: torch.nn.Module, adapter: str | None
+) -> tuple[dict[str, Tensor], Adapter | None]:
+    """A backbone's own tensors by diffusers' plain names, and an adapter's. Nothing is copied but
+    quantised weights, which are what they stand for."""
+    state = quantise.state_dict(backbone)
+    weights = {k.replace(".base_layer", ""): v for k, v in state.items() if "lora_" not in k}
+    if adapter is None:
+        return weights, None
+    tensors = adapters.parameters(backbone, adapter)
+    return weights, Adapter.read(tensors, _scale(backbone, adapter))
+
+
+def check_target(target: Target, trained: Iterable[str] | None) -> None:
+    """Refuses what cannot be written. trained: the adapter's layers, None without one.
+
+    Raises:
+        InputError: why.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+    if target.format not in FORMATS:
+        raise InputError(f"format is {target.format!r}: choose from {', '.join(FORMATS)}")
+    if trained is None and target.format in LORA:
+        raise InputError(
+            f"format={target.format}: no adapter was trained there: choose "
+            f"{' or '.join(WHOLE)}, or a run with adapter=lora"
+        )
+    if trained is None and not target.merge:
+        raise InputError("merge=false: no adapter was trained there: leave it out")
+    if target.format == "lora-original":
+        formats.check_lora_original(trained or ())
+    if target.format == "diffusers":
+        folders.scheduler_config(target.schedule)
 
-    role = roles[name]
-    source = role.backbone
-    transformer: Any = Flux2Transformer2DModel.from_config(source.config)
-    transformer.load_state_dict(adapters.merged(source, role.adapter))
-    vae = copy.deepcopy(model.vae)
-    mean, variance = vae.bn.running_mean.clone(), vae.bn.running_var.clone()  # pyright: ignore
-    vae.to(dtype)
-    vae.bn.float()  # pyright: ignore
-    vae.bn.running_mean.copy_(mean)  # pyright: ignore
-    vae.bn.running_var.copy_(variance)  # pyright: ignore
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, time_shift_type="exponential", shift=3.0
+
+# ---------------------------------------------------------------- writing
+
+
+Written = tuple[dict[str, str], dict[str, float]]
+"""(SHA-256 of each file of weights, differences)."""
+
+
+def _lora(
+    model: Flux2, weights: Mapping[str, Tensor], adapter: Adapter, folder: Path, target: Target,
+    want: Tensor,
+) -> Written:  # fmt: skip
+    if target.format == "lora-diffusers":
+        tensors, metadata = formats.lora_diffusers(adapter)
+        file = folder / "pytorch_lora_weights.safetensors"
+    else:
+        tensors, metadata = formats.lora_original(adapter), {}
+        file = folder / f"{model.info.name}-lora.safetensors"
+    parts = {k: Part.of(v, target.dtype) for k, v in tensors.items()}
+    digest = folders.write(file, parts, {"format": "pt", **metadata})
+    return {file.name: digest}, verify.check_lora(model, file, weights, adapter, want)
+
+
+def _single(
+    model: Flux2, parts: Mapping[str, Part], folder: Path, target: Target, want: Tensor
+) -> Written:
+    file = folder / f"{model.info.name}.safetensors"
+    digest = folders.write(file, formats.original(parts), {"format": "pt"})
+    folders.write_config(model.transformer, folder / "transformer")  # for from_single_file
+    return {file.name: digest}, verify.check_single(model, file, parts, target.dtype, want)
+
+
+def _pipeline(
+    model: Flux2, parts: Mapping[str, Part], folder: Path, target: Target, want: Tensor
+) -> Written:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    hashes = folders.write_shards(folder / "transformer", parts)
+    folders.write_config(model.transformer, folder / "transformer")
+    hashes |= folders.write_vae(model.vae, folder / "vae", target.dtype)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**folders.scheduler_config(target.schedule))
+    scheduler.save_pretrained(folder / "scheduler")
+    klein = not model.info.guidance_embeds
+    index = {
+        "_class_name": "Flux2KleinPipeline" if klein else "Flux2Pipeline",
+        **({"is_distilled": target.role == "distilled"} if klein else {}),
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        **folders.write_text(model, folder),
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return hashes, verify.check_pipeline(model, folder, parts, target.dtype, want, target.schedule)
+
+
+def _manifest(
+    model: Flux2, target: Target, adapter: Adapter | None, hashes: Mapping[str, str], report: Report
+) -> dict[str, Any]:
+    merged = target.merge and target.format in WHOLE
+    return export_manifest(
+        target.source,
+        target.parent,
+        model=model.info.name,
+        model_role=target.role,
+        result_role=target.role,
+        base={"source": model.info.source, "hash": model.info.hash},
+        format=target.format,
+        dtype=str(target.dtype).removeprefix("torch."),
+        adapter=None if adapter is None else "merged" if merged else "apart",
+        schedule=repr(target.schedule),
+        schedule_hash=schedule_hash(target.schedule),
+        files=dict(sorted(hashes.items())),
+        differences=report.differences,
+        tolerance=report.tolerance,
     )
-    with _replacing(folder) as temporary:
-        transformer.to(dtype).save_pretrained(temporary / "transformer")
-        vae.save_pretrained(temporary / "vae")  # pyright: ignore
-        copy.deepcopy(model.text.encoder).to(dtype).save_pretrained(temporary / "text_encoder")  # pyright: ignore
-        model.text.tokenizer.save_pretrained(temporary / "tokenizer")
-        scheduler.save_pretrained(temporary / "scheduler")
-        index = {
-            "_class_name": "Flux2KleinPipeline",
-            "is_distilled": model.info.role == "distilled",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", type(model.text.encoder).__name__],
-            "tokenizer": ["transformers", type(model.text.tokenizer).__name__],
-            "transformer": ["diffusers", "Flux2Transformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKLFlux2"],
-        }
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return folder
-
-
-class _replacing:
-    """A folder that appears whole, or not at all, in place of an older one."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._temporary = folder, folder.with_name(f".{folder.name}.tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
-        return self._temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._temporary.rename(self._folder)
-        else:
-            shutil.rmtree(self._temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux2 import distributed
 from flux2.errors import InputError
 from flux2.rng import Rng
 from flux2.samplers import guided, sample_euler, sample_heun
@@ -71,6 +72,21 @@ class Sampler:
         return torch.cat(out)
 
 
+def sample_together(
+    sampler: Sampler,
+    velocity: Velocity,
+    batch: Batch,
+    seed: int,
+    done: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Latents b n c of a batch that every rank has whole and of which each samples its share: equal
+    numbers of forwards, and the same samples as from one process. All ranks get all."""
+    share = -(-len(batch) // distributed.size())
+    mine = torch.arange(share) + distributed.rank() * share
+    part = batch.select(mine.clamp(max=len(batch) - 1))
+    return distributed.gather(sampler(velocity, part, seed, done))[: len(batch)]
+
+
 def buckets(records: list[Any]) -> Iterator[list[Any]]:
     """Records by bucket, in order of first occurrence."""
     found: dict[Any, list[Any]] = {}
@@ -84,7 +100,6 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     from PIL import Image
 
     from flux2.adapters import Switch
-    from flux2.checkpoint import Run
     from flux2.data.loader import Collator
     from flux2.data.record import Record
     from flux2.engine import pick_device
@@ -115,7 +130,10 @@ def sample(cfg: Any) -> Mapping[str, Any]:
         rows = [r for r in group for _ in range(cfg.count)]
         ids = torch.tensor([r.id * cfg.count + k for r in group for k in range(cfg.count)])
         batch = collate(rows, ids)
-        pixels = model.codec.decode(sampler(role, batch, cfg.seed), batch.grid).cpu()
+        latents = sample_together(sampler, role, batch, cfg.seed)
+        if not distributed.is_main():
+            continue
+        pixels = model.codec.decode(latents, batch.grid).cpu()
         for row, ident, image in zip(rows, ids.tolist(), pixels, strict=True):
             name = f"{ident:05d}.png"
             (run.path / "samples").mkdir(exist_ok=True)
@@ -124,6 +142,8 @@ def sample(cfg: Any) -> Mapping[str, Any]:
         images.append(pixels)
         captions += [r.prompt for r in rows]
         schedule = sampler.grid(batch.shape[0]).hash
+    if not distributed.is_main():
+        return {}
     lines = "".join(json.dumps(n) + "\n" for n in notes)
     (run.path / "samples" / "samples.jsonl").write_text(lines)
     path = run.path / "samples" / "grid.png"

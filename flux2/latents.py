@@ -8,10 +8,13 @@ mode a call would overwrite them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+from flux2.types import Condition
 
 REFERENCE_STRIDE = 10
 """Reference i stands at t = 10 + 10·i."""
@@ -38,6 +41,75 @@ def reference_ids(
     return torch.cat(parts)
 
 
+def join(parts: Sequence[tuple[Tensor, Condition]]) -> tuple[Tensor, Condition]:
+    """Samples of different sizes and reference layouts as one batch: padded to the longest, with a
+    mask that hides the padding, so that each sample comes out as it does alone.
+
+    parts: x b n c and its condition; within a part all rows are of one layout.
+
+    Returns:
+        x and the condition of all rows, in order. Where nothing was padded there is no mask.
+    """
+    longest = max(x.shape[1] for x, _ in parts)
+    x = torch.cat([_pad(x, longest) for x, _ in parts])
+    return x, _join([c for _, c in parts])
+
+
+def separate(v: Tensor, parts: Sequence[tuple[Tensor, Condition]]) -> list[Tensor]:
+    """The inverse of join for what the model returns: v B N c → b n c for each part."""
+    rows = v.split([len(x) for x, _ in parts])
+    return [r[:, : x.shape[1]] for r, (x, _) in zip(rows, parts, strict=True)]
+
+
+def _join(conditions: Sequence[Condition]) -> Condition:
+    lengths = [(c.text.shape[1], c.ids.shape[1], _references(c)) for c in conditions]
+    s, n, m = (max(x) for x in zip(*lengths, strict=True))
+    columns: dict[str, Tensor | None] = {}
+    for name, length in (("text", s), ("text_ids", s), ("ids", n), ("ref", m), ("ref_ids", m)):
+        values = [getattr(c, name) for c in conditions]
+        given = next((v for v in values if v is not None), None)
+        columns[name] = None if given is None else torch.cat(
+            [_pad(given.new_zeros(len(c.text), 0, given.shape[2]) if v is None else v, length)
+             for v, c in zip(values, conditions, strict=True)]
+        )  # fmt: skip
+    mask = None
+    if len(set(lengths)) > 1 or any(c.mask is not None for c in conditions):
+        masks = [_mask(c, k, (s, n, m)) for c, k in zip(conditions, lengths, strict=True)]
+        mask = torch.cat(masks)
+    guidance = [c.guidance for c in conditions if c.guidance is not None]
+    nulls = [c.null for c in conditions if c.null is not None]
+    for found in (guidance, nulls):
+        if len(found) not in (0, len(conditions)):
+            raise ValueError("guidance and null must be given for every part, or for none")
+    return Condition(
+        **columns,  # pyright: ignore[reportArgumentType]
+        mask=mask,
+        guidance=torch.cat(guidance) if guidance else None,
+        null=_join(nulls) if nulls else None,
+    )
+
+
+def _references(condition: Condition) -> int:
+    return 0 if condition.ref is None else condition.ref.shape[1]
+
+
+def _mask(
+    condition: Condition, lengths: tuple[int, int, int], padded: tuple[int, int, int]
+) -> Tensor:
+    """The part's own mask, or all True, with False where it was padded: b (s + n + m)."""
+    mask = condition.mask
+    if mask is None:
+        shape = (len(condition.text), sum(lengths))
+        mask = torch.ones(shape, dtype=torch.bool, device=condition.text.device)
+    pieces = zip(mask.split(lengths, 1), padded, strict=True)
+    return torch.cat([_pad(piece, length) for piece, length in pieces], 1)
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    """b k … → b length …, with zeros (False) after the end."""
+    return torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1)
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 → fp32 in [−1, 1]."""
     return images.float() / 127.5 - 1
@@ -46,6 +118,16 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """[−1, 1] → uint8, rounded as diffusers' image processor rounds."""
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def cast(vae: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """An autoencoder in `dtype`, in place, whose latent statistics stay fp32: rounded to bf16 they
+    would move every latent."""
+    bn: Any = vae.bn
+    mean, variance = bn.running_mean.float().clone(), bn.running_var.float().clone()
+    vae.to(dtype)
+    bn.running_mean, bn.running_var = mean, variance
+    return vae
 
 
 class LatentCodec:

@@ -2,12 +2,14 @@
 
 metrics.jsonl has one JSON object a step, keys sorted, null where a number was not finite. A run
 that is resumed at step k drops the lines of steps ≥ k first, so that the file reads as if it had
-never stopped. wandb, PIL and matplotlib are imported where they are used.
+never stopped. Every rank notes its numbers; rank 0 writes the means over all of them, and speaks.
+wandb, PIL and matplotlib are imported where they are used.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from flux2.checkpoint import jsonable, read_json, write_text
+from flux2 import distributed
 from flux2.errors import InputError
+from flux2.files import jsonable, read_json, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,12 +59,15 @@ class Log:
         self._total, self._start, self._done = total_steps, start, start
         self._began = self._spoke = time.monotonic()
         self._pending: dict[int, dict[str, list[Any]]] = {}
-        self._wandb = _start_wandb(self.run_dir, cfg)
-        _truncate(self.path, start)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.main = distributed.is_main()
+        self._wandb = _start_wandb(self.run_dir, cfg) if self.main else None
+        if self.main:
+            _truncate(self.path, start)
+        path = self.path if self.main else os.devnull
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._bar = (
             tqdm(total=total_steps, initial=start, dynamic_ncols=True, file=sys.stderr)
-            if sys.stderr.isatty()
+            if self.main and sys.stderr.isatty()
             else None
         )
 
@@ -72,7 +78,8 @@ class Log:
         self.close(failed=kind is not None)
 
     def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
-        """Note scalars for `step`. A name that comes again in a step is averaged.
+        """Note scalars for `step`. A name that comes again in a step, or on another rank, is
+        averaged.
 
         Tensors stay where they are until flush, so that this never waits for an accelerator.
         """
@@ -82,10 +89,17 @@ class Log:
             row.setdefault(name, []).append(detach() if detach is not None else value)
 
     def flush(self, step: int) -> dict[str, float | None]:
-        """Write the line of `step`, advance the progress, send to W&B; returns what was written."""
-        noted = self._pending.pop(step, {})
-        means = {name: sum(map(float, v)) / len(v) for name, v in noted.items()}
+        """Write the line of `step`, advance the progress, send to W&B; returns what was written.
+        All ranks call it together."""
+        mine = {k: [float(v) for v in row] for k, row in self._pending.pop(step, {}).items()}
+        noted: dict[str, list[float]] = {}
+        for part in distributed.gather_objects(mine):
+            for name, values in part.items():
+                noted.setdefault(name, []).extend(values)
+        means = {name: sum(v) / len(v) for name, v in noted.items()}
         row: dict[str, float | None] = jsonable(means)
+        if not self.main:
+            return row
         self._file.write(json.dumps({**row, "step": step}, sort_keys=True, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None and step >= self._wandb.step:  # it refuses to go back
@@ -95,6 +109,8 @@ class Log:
 
     def print(self, text: str) -> None:
         """A line on stdout that does not tear the progress bar."""
+        if not self.main:
+            return
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:

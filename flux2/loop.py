@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from flux2.checkpoint import Interrupt
-from flux2.engine import Engine
+from flux2.distributed import broadcast, largest
+from flux2.engine import Engine, share
 from flux2.log import Log
 from flux2.rng import Rng
+from flux2.runs import Interrupt
 from flux2.types import Batch, Method
 
 
@@ -47,26 +48,27 @@ def fit(
         for step in range(engine.step, steps):
             started = time.monotonic()
             rng, batch = Rng(seed, step), data(step)
-            for update in method.collect(engine.roles, batch, rng):
+            for update in map(share, method.collect(engine.roles, batch, rng)):
                 for turn in method.turns:
                     if (step + 1) % turn.every:
                         continue
                     with engine.turn(turn.role):
-                        for micro in update:
+                        for k, micro in enumerate(update, 1):
                             loss, metrics = turn.loss(engine.roles, micro, rng)
-                            engine.backward(loss, last=micro is update[-1])
-                            log.log(step, metrics)
+                            engine.backward(loss, last=k == len(update))
+                            if micro.weight is not None and bool(micro.weight.any()):  # no rank's stopgap
+                                log.log(step, metrics)
             engine.step = step + 1
             log.log(step, {**engine.metrics(), **method.metrics()})
             log.log(step, {"time/step": time.monotonic() - started})
             log.flush(step)
+            stop.signum = largest(stop.signum or 0) or None  # one rank's signal stops all alike
             if stop.signum:
                 save(engine.step)
                 stop.abort()
             ended = [hook(engine.step) for hook in hooks]  # every hook runs, whatever one says
-            if any(ended):
-                break
-            if budget is not None and time.monotonic() - begun > budget:
+            spent = broadcast(time.monotonic() - begun)
+            if any(ended) or (budget is not None and spent > budget):
                 break
             if save_every and engine.step % save_every == 0 and engine.step < steps:
                 save(engine.step)

@@ -1,13 +1,12 @@
 """Load and describe a FLUX.2: transformer, autoencoder, text encoder, and what it is.
 
-A model comes from a folder in diffusers' layout, or, for models that are yet to be trained, from an
-architecture with random weights. diffusers' and transformers' own classes are inside.
+A model comes from a folder in diffusers' layout, from the hub, from single files, or, where it is
+yet to be trained, from an architecture with random weights. diffusers' and transformers' own
+classes are inside. Where weights are found and how they are read is in flux2.sources.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flux2 import architecture, attention, sources
+from flux2.architecture import DTYPES
 from flux2.errors import InputError
 from flux2.latents import LatentCodec
-from flux2.text import TextEncoder
+from flux2.text import PADDING, TextEncoder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 """Names of the precision of matrix products; None leaves the weights' own."""
+KEPT = ("dtype", "vae_dtype", "vae_autocast", "attention", "max_sequence_length", "text_layers",
+        "quantise", "mask_padding")  # fmt: skip
+"""What a run says of its model itself, and does not take over from the run that it starts from."""
 ROLES = ("base", "distilled", "guidance-distilled")
 
 
@@ -37,6 +40,8 @@ class ModelInfo:
         parameters: of the transformer.
         source: the folder it was read from; "" for random weights.
         hash: of the transformer's weight files; "" for random weights.
+        guidance: embedded strength that it is given where nothing else is said; None without the
+            embedder.
     """
 
     name: str
@@ -45,6 +50,7 @@ class ModelInfo:
     parameters: int
     source: str
     hash: str
+    guidance: float | None = None
 
 
 @dataclass
@@ -60,68 +66,138 @@ class Flux2:
 
 
 def check_model(cfg: Any) -> None:
-    """Everything about `cfg` (conf/model) that can be refused before a weight is read."""
+    """Everything about `cfg` (conf/model) that can be refused before a weight is read.
+
+    Raises:
+        InputError: settings that are no choice; a folder or file that is missing, torn, or of
+            another shape than cfg says; a model that is neither in the local cache nor on the hub.
+    """
     if cfg.role not in ROLES:
         raise InputError(f"model.role is {cfg.role!r}: choose from {', '.join(ROLES)}")
-    if cfg.dtype not in DTYPES:
-        raise InputError(f"model.dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
+    for key in ("dtype", "vae_dtype"):
+        if cfg.get(key, "fp32") not in DTYPES:
+            raise InputError(f"model.{key} is {cfg[key]!r}: choose from {', '.join(DTYPES)}")
     if cfg.vae_autocast not in AUTOCAST:
         raise InputError(f"model.vae_autocast is {cfg.vae_autocast!r}: choose fp32 or bf16")
+    attention.named(cfg.attention)
     if cfg.path is None and cfg.architecture is None:
-        raise InputError("model.path names no folder: give one in diffusers' layout")
-    for key in ("path", "vae"):
-        value = cfg[key]
-        if value is not None and not Path(value).is_dir():
-            raise InputError(f"model.{key}: no folder {value}: give a folder in diffusers' layout")
-    if cfg.path is not None:
-        _read_index(Path(cfg.path), cfg.role)
+        raise InputError("model.path names no folder: give one in diffusers' layout, or a hub id")
+    if cfg.path is None and cfg.get("transformer") is not None:
+        raise InputError("model.transformer needs model.path for the text encoder: name its folder")
+    vae = cfg.get("vae")
+    if vae is not None and not Path(vae).exists():
+        raise InputError(
+            f"model.vae: no folder {vae}: give one in diffusers' layout, or an ae.safetensors"
+        )
+    transformer = cfg.get("transformer")
+    if transformer is not None and not Path(transformer).is_file():
+        raise InputError(f"model.transformer: no file {transformer}: give a .safetensors file")
+    if cfg.path is None:
+        shape = architecture.expected(cfg)
+        assert shape is not None
+        with torch.device("meta"):
+            meta = {part: architecture.build(part, shape[part]) for part in ("transformer", "vae")}
+        architecture.text_config(shape["text_encoder"])
+        sources.check_role(cfg.role, shape["transformer"], "model.architecture")
+        if vae is not None:
+            _check_vae(Path(vae), meta)
+        return
+    folder = sources.locate(cfg.path, leave_out=sources.left_out(cfg))
+    if folder is None:
+        sources.reachable(cfg.path)
+    else:
+        _check_weights(cfg, folder)
 
 
-def _read_index(folder: Path, role: str) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise InputError(f"{folder} has no model_index.json: give a folder in diffusers' layout")
-    try:
-        content = json.loads(index.read_text())
-    except ValueError:
-        raise InputError(f"{index} is not JSON: restore the folder") from None
-    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder} has no {part} folder: restore it")
-    distilled = bool(content.get("is_distilled", False))
-    if distilled != (role == "distilled"):
-        found = "distilled" if distilled else "not distilled"
-        raise InputError(f"{folder} is {found}, but model.role is {role}: set model.role to match")
+def _check_weights(cfg: Any, folder: Path) -> None:
+    """The parts' shapes, by their config.json and the headers of their files."""
+    sources.check_index(folder, cfg)
+    meta = meta_parts(cfg)
+    if sources.left_out(cfg) is None:
+        sources.check_folder(folder / "transformer", "transformer", meta["transformer"])
+    else:
+        sources.check_file(Path(cfg.transformer), "transformer", meta["transformer"])
+    _check_vae(Path(cfg.vae or folder / "vae"), meta)
+    sources.check_folder(folder / "text_encoder", "text_encoder", meta["text_encoder"])
+    config: Any = meta["transformer"].config
+    sources.check_role(cfg.role, config, cfg.get("transformer") or folder / "transformer")
+    features = len(cfg.text_layers) * meta["text_encoder"].config.hidden_size  # pyright: ignore
+    if features != config.joint_attention_dim:
+        raise InputError(
+            f"the text encoder gives {features} features a token and the transformer takes "
+            f"{config.joint_attention_dim}: set model.text_layers to match"
+        )
 
 
-def _pretrained(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """cls.from_pretrained on local files, with one line instead of a traceback on broken ones."""
-    from safetensors import SafetensorError
-
-    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    if dtype is not None and cls.__module__.startswith("diffusers"):
-        kwargs = {"dtype": dtype, "low_cpu_mem_usage": True}
-    try:
-        return cls.from_pretrained(folder, local_files_only=True, **kwargs)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load {folder}: {first}: restore the folder's files") from error
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+def _check_vae(vae: Path, meta: Mapping[str, nn.Module]) -> None:
+    """A folder brings its own shape; a file must have the model's. Its latents must fit."""
+    if vae.is_file():
+        return sources.check_file(vae, "vae", meta["vae"])
+    with torch.device("meta"):
+        own = architecture.build("vae", sources.check_config(vae, "vae", None))
+    sources.check_folder(vae, "vae", own)
+    gives, takes = 4 * own.config.latent_channels, meta["transformer"].config.in_channels  # pyright: ignore
+    if gives != takes:
+        raise InputError(
+            f"{vae} gives tokens of {gives} channels and the transformer takes {takes}: give "
+            "another autoencoder"
+        )
 
 
-def _random(cls: Any, config: Mapping[str, Any], seed: int, what: str) -> nn.Module:
-    torch.manual_seed(seed)
-    try:
-        return cls(**config)
-    except TypeError as error:
-        raise InputError(f"model.architecture.{what}: {error}") from None
+def _shapes(cfg: Any) -> tuple[dict[str, Any], Any]:
+    """The parts' shapes, and the text encoder's configuration: of conf/model, or of its folder."""
+    shape = architecture.expected(cfg)
+    folder = None if cfg.path is None else sources.locate(cfg.path, leave_out=sources.left_out(cfg))
+    if folder is None:
+        if shape is None:
+            raise InputError(f"model.path: {cfg.path} is not here: its shapes cannot be known")
+        from flux2.nano import vocabulary_size
+
+        text = shape["text_encoder"]
+        told = "vocab_size" in text.get("text_config", text)
+        return shape, architecture.text_config(text, None if told else vocabulary_size(cfg))
+    from transformers import AutoConfig
+
+    found = {
+        part: sources.check_config(folder / part, part, None if shape is None else shape[part])
+        for part in architecture.PARTS
+        if part != sources.left_out(cfg) or shape is None
+    }
+    config = sources.pretrained(AutoConfig, folder / "text_encoder")
+    if config.model_type not in PADDING:
+        raise InputError(
+            f"{folder}/text_encoder is a {config.model_type}: FLUX.2 has qwen3 (klein) or mistral3 "
+            "(dev)"
+        )
+    return {**(shape or {}), **found}, config
+
+
+def meta_parts(cfg: Any) -> dict[str, nn.Module]:
+    """The parts of conf/model's model as it is loaded, on the meta device: "transformer", "vae" and
+    "text_encoder", each in its dtype. No weight is read and no network is asked.
+
+    The text encoder is cut off after the last layer used (see flux2.text), unless the weights are
+    random: then it is whole, for there is no folder from which an export could copy it.
+
+    Raises:
+        InputError: no architecture and no folder to read one from, or a folder of another one.
+    """
+    shape, config = _shapes(cfg)
+    quiet()
+    parts: dict[str, nn.Module] = {}
+    with torch.device("meta"):
+        for part in ("transformer", "vae"):
+            parts[part] = architecture.build(part, shape[part])
+        if cfg.path is None:
+            parts["text_encoder"] = architecture.whole_class(config)(config)
+        else:
+            cut = architecture.truncated(config, cfg.text_layers)
+            body = architecture.language_class(config)(cut)
+            parts["text_encoder"] = architecture.without_top(body)
+    parts["transformer"].to(DTYPES[cfg.dtype])
+    parts["vae"].to(DTYPES[cfg.get("vae_dtype", "fp32")])
+    parts["text_encoder"].to(DTYPES[cfg.dtype])
+    return parts
 
 
 def quiet() -> None:
@@ -135,65 +211,121 @@ def quiet() -> None:
 
 
 def load_model(cfg: Any, device: torch.device, seed: int = 0) -> Flux2:
-    """The model that conf/model describes, frozen, in eval mode.
+    """The model that conf/model describes, frozen, in eval mode, on the device, quantised if
+    `model.quantise` says so.
 
     Raises:
-        InputError: a missing or broken folder, or one that is not what cfg says it is.
+        InputError: a missing or broken folder, or one that is not what cfg says it is; a
+            quantisation that the device cannot do.
     """
-    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-    from omegaconf import OmegaConf
-    from transformers import AutoTokenizer, Qwen3ForCausalLM
+    return _quantised(_load(cfg, device, seed), cfg, device)
 
-    from flux2 import attention
 
+def _quantised(model: Flux2, cfg: Any, device: torch.device) -> Flux2:
+    if cfg.get("quantise") is not None:
+        from flux2 import quantise
+
+        quantise.apply(model.transformer, cfg.quantise, device)
+        model.transformer.to(device)  # what was not quantised
+    return model
+
+
+def _load(cfg: Any, device: torch.device, seed: int) -> Flux2:
+    """load_model without the quantisation; a transformer to be quantised stays on the host."""
     check_model(cfg)
     quiet()
-    dtype = DTYPES[cfg.dtype]
-    transformer: Any
-    encoder: Any
-    if cfg.path is not None:
-        folder = Path(cfg.path)
-        transformer = _pretrained(Flux2Transformer2DModel, folder / "transformer", dtype)
-        vae = _pretrained(AutoencoderKLFlux2, folder / "vae", torch.float32)
-        encoder = _pretrained(Qwen3ForCausalLM, folder / "text_encoder", dtype)
-        tokenizer = _pretrained(AutoTokenizer, folder / "tokenizer")
-        weights_hash = _fingerprint(folder / "transformer")
-    else:
-        from flux2.nano import build_text_encoder, build_tokenizer
+    place = device
+    if cfg.get("quantise") is not None:
+        from flux2 import quantise
 
-        shape: Any = OmegaConf.to_container(cfg.architecture, resolve=True)
-        tokenizer = build_tokenizer(cfg.max_sequence_length)
-        encoder = build_text_encoder(shape["text_encoder"], len(tokenizer), seed)
-        joint = len(cfg.text_layers) * encoder.config.hidden_size
-        transformer = _random(
-            Flux2Transformer2DModel,
-            {**shape["transformer"], "joint_attention_dim": joint},
-            seed,
-            "transformer",
-        )
-        vae = _random(AutoencoderKLFlux2, shape["vae"], seed, "vae")
-        weights_hash = ""
-    if cfg.vae is not None:
-        vae = _pretrained(AutoencoderKLFlux2, Path(cfg.vae), torch.float32)
+        quantise.check(cfg.quantise, device)
+        place = torch.device("cpu")
+    folder, weights_hash = None, ""
+    if cfg.path is None:
+        from flux2.nano import random_parts
+
+        transformer, vae, encoder, tokenizer = random_parts(cfg, place, device, seed)
+    else:
+        folder = sources.locate(cfg.path, leave_out=sources.left_out(cfg))
+        if folder is None:
+            folder = sources.locate(cfg.path, download=True, leave_out=sources.left_out(cfg))
+            assert folder is not None
+            _check_weights(cfg, folder)
+        tokenizer = _tokenizer(folder)
+        transformer, vae, encoder, weights_hash = _stored(cfg, folder, place, device)
+    if cfg.path is None and cfg.vae is not None:
+        vae = _vae(cfg, Path(cfg.vae), device)
     attention.install(transformer, cfg.attention)
+    transformer.to(place)
+    for part in (vae, encoder):
+        part.to(device)
     for part in (transformer, vae, encoder):
-        part.to(device).eval().requires_grad_(False)
-    text = TextEncoder(encoder, tokenizer, cfg.max_sequence_length, tuple(cfg.text_layers))
-    if text.dim != transformer.config.joint_attention_dim:
+        part.eval().requires_grad_(False)
+    text = TextEncoder(
+        encoder,
+        tokenizer,
+        cfg.max_sequence_length,
+        tuple(cfg.text_layers),
+        source=folder,
+        mask_padding=bool(cfg.get("mask_padding", False)),
+    )
+    config: Any = transformer.config
+    if text.dim != config.joint_attention_dim:
         raise InputError(
             f"the text encoder gives {text.dim} features a token and the transformer takes "
-            f"{transformer.config.joint_attention_dim}: set model.text_layers to match"
+            f"{config.joint_attention_dim}: set model.text_layers to match"
         )
     info = ModelInfo(
         name=cfg.name,
         role=cfg.role,
-        guidance_embeds=bool(transformer.config.guidance_embeds),
+        guidance_embeds=bool(config.guidance_embeds),
         parameters=sum(p.numel() for p in transformer.parameters()),
-        source="" if cfg.path is None else str(cfg.path),
+        source="" if folder is None else str(folder),
         hash=weights_hash,
+        guidance=float(cfg.embedded_guidance) if config.guidance_embeds else None,
     )
     codec = LatentCodec(vae, AUTOCAST[cfg.vae_autocast])
     return Flux2(transformer, vae, codec, text, info, device)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer alone: prompts are text, and a processor's other half reads images."""
+    from transformers import AutoTokenizer
+
+    tokenizer = sources.pretrained(AutoTokenizer, folder / "tokenizer")
+    if tokenizer.chat_template is None:
+        raise InputError(f"{folder}/tokenizer has no chat template: restore chat_template.jinja")
+    return tokenizer
+
+
+def _stored(
+    cfg: Any, folder: Path, place: torch.device, device: torch.device
+) -> tuple[nn.Module, nn.Module, nn.Module, str]:
+    """Transformer, autoencoder, text encoder and the transformer's hash, from files."""
+    shape, config = _shapes(cfg)
+    dtype = DTYPES[cfg.dtype]
+    transformer: Any
+    if sources.left_out(cfg) is None:
+        paths = sources.files(folder / "transformer", "transformer")
+        transformer = sources.load_folder(folder / "transformer", "transformer", place, dtype)
+    else:
+        paths = [Path(cfg.transformer)]
+        transformer = sources.load_file(paths[0], "transformer", shape["transformer"], place, dtype)
+    vae = _vae(cfg, Path(cfg.vae or folder / "vae"), device, shape["vae"])
+    encoder = sources.load_text_encoder(
+        folder / "text_encoder", config, tuple(cfg.text_layers), device, dtype
+    )
+    return transformer, vae, encoder, sources.fingerprint(paths)
+
+
+def _vae(
+    cfg: Any, path: Path, device: torch.device, shape: Mapping[str, Any] | None = None
+) -> nn.Module:
+    dtype = DTYPES[cfg.get("vae_dtype", "fp32")]
+    if path.is_file():
+        shape = shape or architecture.expected(cfg)["vae"]  # pyright: ignore
+        return sources.load_file(path, "vae", shape, device, dtype)
+    return sources.load_folder(path, "vae", device, dtype)
 
 
 def load_initial(cfg: Any, device: torch.device) -> Flux2:
@@ -205,41 +337,41 @@ def load_initial(cfg: Any, device: torch.device) -> Flux2:
     Raises:
         InputError: the run's result does not fit conf/model.
     """
+    return _quantised(_load_initial(cfg, device), cfg.model, device)
+
+
+def _load_initial(cfg: Any, device: torch.device) -> Flux2:
     from omegaconf import OmegaConf
 
-    from flux2.checkpoint import load_checkpoint, resolve_init
+    from flux2.checkpoint import load_checkpoint
+    from flux2.lineage import resolve_init
 
     if cfg.init_from is None:
-        return load_model(cfg.model, device, cfg.seed)
+        return _load(cfg.model, device, cfg.seed)
     init = resolve_init(cfg.init_from)
-    trained, role = init.manifest.get("trained"), init.manifest.get("model_role")
+    trained = init.manifest.get("trained")
     if not trained or trained == ["autoencoder"]:
         raise InputError(
             f"init_from={init.run} trained no transformer (stage {init.manifest.get('stage')}): "
             "name a run that did, or give an autoencoder as model.vae"
         )
-    if role != cfg.model.role:
-        raise InputError(
-            f"init_from={init.run} is a {role} model and model.role is {cfg.model.role}: "
-            "set model.role to match"
-        )
     if init.is_export:
         chosen = cfg.model.copy()
-        chosen.path, chosen.architecture, chosen.vae = str(init.weights), None, None
-        return load_model(chosen, device, cfg.seed)
+        chosen.path, chosen.transformer, chosen.vae = str(init.weights), None, None
+        return _load(chosen, device, cfg.seed)
     before = OmegaConf.load(init.run / "config.yaml")
-    for key in ("dtype", "vae_autocast", "attention", "max_sequence_length", "text_layers"):
-        before.model[key] = cfg.model[key]
+    for key in KEPT:
+        before.model[key] = cfg.model.get(key)
     # Without an init_from of its own this is load_model; with one, its weights lie on that run's.
-    model = load_initial(before, device)
-    weights = load_checkpoint(init.weights, verify=False).weights
+    model = _load_initial(before, device)
+    weights = load_checkpoint(init.weights, verify=False).tensors
     _apply(model, weights, trained[0], before.adapter)
     return model
 
 
 def _apply(model: Flux2, weights: Mapping[str, Tensor], role: str, adapter: Any) -> None:
     """Puts a role's trained weights, or its adapter, into the model's transformer."""
-    from flux2 import adapters, attention
+    from flux2 import adapters
 
     mine = {k.removeprefix(f"{role}/"): v for k, v in weights.items() if k.startswith(f"{role}/")}
     if adapter is None:
@@ -249,8 +381,10 @@ def _apply(model: Flux2, weights: Mapping[str, Tensor], role: str, adapter: Any)
     adapters.add(body, adapters.LoRA(adapter.rank, adapter.alpha, adapter.targets), role)
     for name, parameter in adapters.parameters(body, role).items():
         parameter.data.copy_(mine[name])
-    plain = type(body).from_config(body.config)  # pyright: ignore
-    plain.load_state_dict(adapters.merged(body, role))
+    where = next(body.parameters()).device  # the host, if it is to be quantised
+    with torch.device("meta"):
+        plain = type(body).from_config(body.config)  # pyright: ignore
+    plain.load_state_dict(adapters.merged(body, role), assign=True)
     processor = body.transformer_blocks[0].attn.processor  # pyright: ignore
     attention.install(plain, processor._attention_backend)
-    model.transformer = plain.to(model.device, body.dtype).eval().requires_grad_(False)
+    model.transformer = plain.to(where, body.dtype).eval().requires_grad_(False)

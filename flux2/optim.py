@@ -67,13 +67,32 @@ class TurnOptimizer(Protocol):
         """Updates the active role."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors."""
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The tensors kept for one parameter; {} before its first update."""
         ...
 
-    def load_state_dict(self, state: Any) -> None:
-        """The inverse of state_dict."""
+    def set_state(
+        self, parameter: nn.Parameter, state: Mapping[str, Tensor], updates: int
+    ) -> None:
+        """The inverse of state_of; updates: how many the parameter has had."""
         ...
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    state = optimizer.state.get(parameter, {})
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and k != "step"}
+
+
+def _set_state(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    state: Mapping[str, Tensor],
+    step: Mapping[str, Tensor],
+) -> None:
+    optimizer.state.pop(parameter, None)
+    if state:
+        mine = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+        optimizer.state[parameter] = {**step, **mine}
 
 
 def _groups(named: Mapping[str, Mapping[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
@@ -116,6 +135,16 @@ class TurnAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = everyone
 
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """exp_avg and exp_avg_sq."""
+        return _state_of(self, parameter)
+
+    def set_state(
+        self, parameter: nn.Parameter, state: Mapping[str, Tensor], updates: int
+    ) -> None:
+        """The inverse of state_of."""
+        _set_state(self, parameter, state, {"step": torch.tensor(float(updates))})
+
 
 class TurnMuon:
     """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for everything else.
@@ -157,6 +186,8 @@ class TurnMuon:
             _groups(matrices, lr), lr=lr, momentum=momentum, weight_decay=weight_decay
         )
         self._adamw = TurnAdamW(rest, adamw_lr, betas)
+        self._twins = {id(p): twin for twin, p in self._flat}
+        self._matrices = {id(p) for group in self._muon.param_groups for p in group["params"]}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -176,14 +207,23 @@ class TurnMuon:
         self._adamw.active = self.active
         self._adamw.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Both optimizers' states."""
-        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+    def _owner(self, parameter: nn.Parameter) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+        mine = self._twins.get(id(parameter), parameter)
+        return (self._muon if id(mine) in self._matrices else self._adamw), mine
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict."""
-        self._muon.load_state_dict(state["muon"])
-        self._adamw.load_state_dict(state["adamw"])
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """A matrix's momentum, or AdamW's moments."""
+        return _state_of(*self._owner(parameter))
+
+    def set_state(
+        self, parameter: nn.Parameter, state: Mapping[str, Tensor], updates: int
+    ) -> None:
+        """The inverse of state_of."""
+        optimizer, mine = self._owner(parameter)
+        if optimizer is self._adamw:
+            self._adamw.set_state(mine, state, updates)
+        else:
+            _set_state(optimizer, mine, state, {})
 
 
 def global_norm(parameters: list[nn.Parameter]) -> Tensor:

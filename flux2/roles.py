@@ -1,14 +1,16 @@
 """Roles are functions: a name → a velocity over one of the run's backbones.
 
 All networks of a run live in one ModuleDict. A role is (backbone, adapter or none): with LoRA every
-role shares the frozen base; in full training each trainable role is a backbone of its own.
+role shares the frozen base; in full training each trainable role is a backbone of its own. A
+sharded engine takes the ModuleDict as one model: every call goes through its root, and whatever
+reads or writes weights through a Storage, which knows where they lie.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,27 @@ from torch.utils.checkpoint import checkpoint
 from flux2 import adapters
 from flux2.adapters import LoRA
 from flux2.errors import InputError
-from flux2.latents import LatentCodec
 from flux2.model import Flux2
 from flux2.types import Condition, RoleSpec
+
+
+class Backbones(nn.ModuleDict):
+    """All networks of a run, called as one model: what is called is handed in. So a sharded engine
+    sees each call begin and end, whichever network it is for."""
+
+    def forward(self, call: Callable[[], Tensor]) -> Tensor:
+        """call() → its result."""
+        return call()
 
 
 class VelocityRole:
     """A transformer with one adapter (or none) as v(x, t, cond). x and t stay fp32; the matrix
     products run in `autocast`, and the position of the time embedding before them keeps its
-    precision."""
+    precision.
+
+    Attributes:
+        root: what a call goes through; a sharded engine puts itself there.
+    """
 
     def __init__(
         self,
@@ -36,6 +50,7 @@ class VelocityRole:
     ) -> None:
         self.backbone, self.adapter = backbone, adapter
         self._switch, self._autocast = switch, autocast
+        self.root: Callable[[Callable[[], Tensor]], Tensor] = lambda call: call()
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x: b n c, t: b → b n c fp32."""
@@ -46,19 +61,22 @@ class VelocityRole:
         kwargs = None if cond.mask is None else {"attention_mask": cond.mask[:, None, None]}
         if bool(self.backbone.config.guidance_embeds) != (cond.guidance is not None):  # pyright: ignore
             raise ValueError("guidance must be given to a model with the embedder, and to no other")
-        with self._switch(self.adapter), self._cast(x.device):
-            out = self.backbone(
-                hidden_states=tokens,
-                encoder_hidden_states=cond.text.float(),
-                timestep=t.float(),
-                # diffusers keeps the first row of 3-D ids; so they reach our embedder whole.
-                img_ids=ids.transpose(0, 1)[:, :, None],
-                txt_ids=cond.text_ids.transpose(0, 1)[:, :, None],
-                guidance=cond.guidance,
-                joint_attention_kwargs=kwargs,
-                return_dict=False,
-            )[0]
-        return out[:, : x.shape[1]].float()
+        def run() -> Tensor:
+            # Inside the root: DeepSpeed switches an autocast of outside off.
+            with self._switch(self.adapter), self._cast(x.device):
+                return self.backbone(
+                    hidden_states=tokens,
+                    encoder_hidden_states=cond.text.float(),
+                    timestep=t.float(),
+                    # diffusers keeps the first row of 3-D ids; so they reach our embedder whole.
+                    img_ids=ids.transpose(0, 1)[:, :, None],
+                    txt_ids=cond.text_ids.transpose(0, 1)[:, :, None],
+                    guidance=cond.guidance,
+                    joint_attention_kwargs=kwargs,
+                    return_dict=False,
+                )[0]
+
+        return self.root(run)[:, : x.shape[1]].float()
 
     def _cast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
@@ -100,8 +118,69 @@ class AutoencoderRole:
         return out.float(), posterior.mean.float(), posterior.logvar.float()
 
 
+class Storage(Protocol):
+    """Where weights lie. Parts are this rank's share, in place; whole tensors are fp32."""
+
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        """The part of the network's own values that this rank holds."""
+        ...
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """The same part of a trainable parameter's fp32 master."""
+        ...
+
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """All ranks' parts as one tensor of the parameter's shape. All ranks call it together."""
+        ...
+
+    def whole_master(self, parameter: nn.Parameter) -> Tensor:
+        """A trainable parameter's fp32 master, whole. All ranks call it together."""
+        ...
+
+    def slice(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """The part of `whole` that this rank holds."""
+        ...
+
+    def set_master(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Writes a trainable parameter: the master, and the network's own values."""
+        ...
+
+
+class Local:
+    """Every rank holds everything; trainable weights are fp32 and their own masters."""
+
+    def part(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.data
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.data
+
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        return part
+
+    def whole_master(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.data
+
+    def slice(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        return whole
+
+    def set_master(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        parameter.data.copy_(whole)
+
+
 class Roles(Mapping[str, Any]):
-    """The run's roles by name, and the one ModuleDict of backbones behind them."""
+    """The run's roles by name, and the one ModuleDict of backbones behind them.
+
+    Args:
+        specs: what the method asks for.
+        model: its transformer (or autoencoder) is used, not copied, where one role alone has it.
+        lora: adapters on the shared backbone; None trains all weights.
+        autocast: dtype of the matrix products; None leaves the weights' own.
+        checkpointing: recompute activations of trainable roles in the backward pass.
+        seed: of fresh adapters.
+        masters: keep what is trained, and what follows it, in fp32; an engine with masters of its
+            own takes them in the model's dtype.
+    """
 
     def __init__(
         self,
@@ -111,9 +190,12 @@ class Roles(Mapping[str, Any]):
         autocast: torch.dtype | None,
         checkpointing: bool = False,
         seed: int = 0,
+        masters: bool = True,
     ) -> None:
-        self.specs, self._seed = dict(specs), seed
-        self.backbones = nn.ModuleDict()
+        self.specs, self._seed, self._masters = dict(specs), seed, masters
+        self.storage: Storage = Local()
+        self._averages: dict[str, dict[str, Tensor]] = {}
+        self.backbones = Backbones()
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         placed = {name: self._place(name, spec, model, lora) for name, spec in specs.items()}
         switches = {k: adapters.Switch(m) for k, m in self.backbones.items()}
@@ -132,7 +214,20 @@ class Roles(Mapping[str, Any]):
                 parameter.requires_grad_(spec.trainable)
             if spec.follows is not None:
                 # A fresh adapter draws its own A, and an average must begin where its leader does.
-                self._track(name, spec.follows, 0.0)
+                for mine, leader in self._pairs(name, spec.follows):
+                    mine.data.copy_(leader.data)
+        self.place(self.storage)
+
+    def place(self, storage: Storage, root: Callable[..., Tensor] | None = None) -> None:
+        """Takes up where an engine has put the weights; followers begin their fp32 averages."""
+        self.storage = storage
+        for name, spec in self.specs.items():
+            if spec.follows is not None:
+                parts = {k: storage.part(p) for k, p in self._parameters[name].items()}
+                # An average in fp32 of a network in bf16 lies beside it; else it is the network.
+                self._averages[name] = {k: v.float() for k, v in parts.items()}
+            if root is not None and spec.kind == "velocity":
+                self._roles[name].root = root
 
     def _place(
         self, name: str, spec: RoleSpec, model: Flux2, lora: LoRA | None
@@ -143,7 +238,7 @@ class Roles(Mapping[str, Any]):
             raise ValueError(f"role {name} follows {spec.follows}, which is no role of the method")
         if spec.kind == "autoencoder":
             self.backbones["vae"] = model.vae
-            self._parameters[name] = dict(model.vae.named_parameters())
+            self._parameters[name] = self._owned(model.vae.named_parameters())
             return "vae", None
         if not own:
             self.backbones["base"] = model.transformer
@@ -151,13 +246,24 @@ class Roles(Mapping[str, Any]):
         if lora is not None:
             self.backbones["base"] = model.transformer
             adapters.add(model.transformer, lora, name, self._seed)
-            self._parameters[name] = adapters.parameters(model.transformer, name)
+            self._parameters[name] = self._owned(
+                adapters.parameters(model.transformer, name).items()
+            )
             return "base", name
         others = [s for n, s in self.specs.items() if n != name and s.kind == spec.kind]
         alone = not others
         self.backbones[name] = model.transformer if alone else copy.deepcopy(model.transformer)
-        self._parameters[name] = dict(self.backbones[name].named_parameters())
+        self._parameters[name] = self._owned(self.backbones[name].named_parameters())
         return name, None
+
+    def _owned(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+        """What a role owns, by name; bf16 would swallow updates, so it is fp32 unless the engine
+        keeps masters."""
+        owned = dict(named)
+        if self._masters:
+            for parameter in owned.values():
+                parameter.data = parameter.data.float()
+        return owned
 
     def __getitem__(self, name: str) -> Any:
         return self._roles[name]
@@ -172,59 +278,91 @@ class Roles(Mapping[str, Any]):
         """A role's own parameters by name; {} for a frozen role."""
         return self._parameters.get(name, {})
 
+    def count(self, name: str) -> int:
+        """Number of a role's own parameters, whole."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters(name).values())
+
     @property
     def trainable(self) -> tuple[str, ...]:
         """Roles that have a parameter group."""
         return tuple(n for n, s in self.specs.items() if s.trainable)
 
+    def activate(self, role: str | None) -> None:
+        """Lets gradients reach `role` alone; None: every trainable role."""
+        for name in self.trainable:
+            for parameter in self._parameters[name].values():
+                parameter.requires_grad_(role in (None, name))
+
     @torch.no_grad()
     def follow(self, leader: str) -> None:
         """Moves every role that follows `leader` one step: w ← decay·w + (1 − decay)·leader."""
         for name, spec in self.specs.items():
-            if spec.follows == leader:
-                self._track(name, leader, spec.decay)
+            if spec.follows != leader:
+                continue
+            averages = self._averages[name].values()
+            for average, (mine, source) in zip(averages, self._pairs(name, leader), strict=True):
+                average.lerp_(self.storage.master(source).to(average.device), 1 - spec.decay)
+                self._show(mine, average)
 
-    @torch.no_grad()
-    def _track(self, name: str, leader: str, decay: float) -> None:
+    def _show(self, mine: nn.Parameter, average: Tensor) -> None:
+        """Puts a follower's average into its network."""
+        part = self.storage.part(mine)
+        if part.data_ptr() != average.data_ptr():
+            part.copy_(average)
+
+    def _pairs(self, name: str, leader: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
         source = {_neutral(k, leader): p for k, p in self._parameters[leader].items()}
-        for key, mine in self._parameters[name].items():
-            mine.lerp_(source[_neutral(key, name)].to(mine), 1 - decay)
+        return [(p, source[_neutral(k, name)]) for k, p in self._parameters[name].items()]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All weights that training changes (trainable roles and their followers)."""
-        state = {
-            f"{name}/{key}": p.detach()
-            for name, group in self._parameters.items()
-            for key, p in group.items()
-        }
-        if "vae" in self.backbones:
-            bn: Any = self.backbones["vae"].bn
-            state |= {"vae/bn.running_mean": bn.running_mean, "vae/bn.running_var": bn.running_var}
-        return state
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights that training changes (trainable roles and their followers), whole, fp32,
+        by "role/path". All ranks go through it together."""
+        for name, group in self._parameters.items():
+            for key, p in group.items():
+                if name in self._averages:
+                    yield f"{name}/{key}", self.storage.whole(p, self._averages[name][key])
+                else:
+                    yield f"{name}/{key}", self.storage.whole_master(p)
+        yield from self._statistics().items()
+
+    def _statistics(self) -> dict[str, Tensor]:
+        if "vae" not in self.backbones:
+            return {}
+        bn: Any = self.backbones["vae"].bn
+        return {"vae/bn.running_mean": bn.running_mean, "vae/bn.running_var": bn.running_var}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of state_dict; raises InputError where the keys differ."""
-        mine = self.state_dict()
-        if set(mine) != set(state):
-            odd = min(set(mine) ^ set(state))
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of tensors; raises InputError where names or shapes differ."""
+        groups = self._parameters.items()
+        mine = {f"{name}/{key}": (name, p) for name, group in groups for key, p in group.items()}
+        statistics = self._statistics()
+        shapes = {k: tuple(getattr(p, "ds_shape", p.shape)) for k, (_, p) in mine.items()}
+        shapes |= {k: tuple(v.shape) for k, v in statistics.items()}
+        if set(shapes) != set(state):
+            odd = min(set(shapes) ^ set(state))
             raise InputError(
                 f"the checkpoint's weights do not fit this run ({odd} is on one side only): "
                 "resume with the configuration it was made with"
             )
-        for key, value in mine.items():
-            if value.shape != state[key].shape:  # copy_ would broadcast a rank of 1
+        for key, shape in shapes.items():
+            value = state[key]
+            if shape != tuple(value.shape):  # copy_ would broadcast a rank of 1
                 raise InputError(
-                    f"the checkpoint's {key} has shape {tuple(state[key].shape)} and this run's "
-                    f"{tuple(value.shape)}: resume with the configuration it was made with"
+                    f"the checkpoint's {key} has shape {tuple(value.shape)} and this run's "
+                    f"{shape}: resume with the configuration it was made with"
                 )
-            value.copy_(state[key])
+            if key in statistics:
+                statistics[key].copy_(value)
+                continue
+            name, parameter = mine[key]
+            if name not in self._averages:
+                self.storage.set_master(parameter, value)
+                continue
+            average = self._averages[name][key.removeprefix(f"{name}/")]
+            average.copy_(self.storage.slice(parameter, value))
+            self._show(parameter, average)
 
 
 def _neutral(key: str, role: str) -> str:
     return key.replace(f".{role}.", ".")
-
-
-def codec_of(model: Flux2) -> LatentCodec:
-    """A codec with the autoencoder's present statistics."""
-    return LatentCodec(model.vae)

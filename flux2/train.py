@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,24 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from flux2 import distributed, plan, quantise
 from flux2.adapters import LoRA
-from flux2.checkpoint import Run, load_checkpoint, resolve_resume, write_checkpoint
+from flux2.checkpoint import load_checkpoint, write_checkpoint
 from flux2.data.cache import RowCache, fingerprint
 from flux2.data.loader import Collator, Loader
 from flux2.data.sampler import IndexSampler
 from flux2.engine import Engine, pick_device
 from flux2.errors import InputError
-from flux2.export import export_autoencoder, export_pipeline
+from flux2.export import export_autoencoder, export_run
+from flux2.lineage import check_lineage, find_init, licence_note, schedule_hash
 from flux2.log import Log
 from flux2.loop import Hook, fit
 from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial
 from flux2.optim import LearningRate
 from flux2.roles import Roles
-from flux2.types import Batch, Deferred, Method, Scores
+from flux2.runs import Run, resolve_resume
+from flux2.types import Batch, Deferred, Method, RoleSpec, Scores
+from flux2.zero import Sharded, Zero, check_zero
 
 
 def build(cfg: Any, **kwargs: Any) -> Any:
@@ -54,14 +58,43 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"train.steps is {cfg.train.steps}: it must be at least 1")
     if cfg.train.save_every < 0 or cfg.train.keep < 1:
         raise InputError("train.save_every must be at least 0 and train.keep at least 1")
-    if cfg.engine.autocast not in AUTOCAST:
-        raise InputError(f"engine.autocast is {cfg.engine.autocast!r}: choose fp32 or bf16")
+    check_engine(cfg)
     if cfg.optim.clip < 0:
         raise InputError(f"optim.clip is {cfg.optim.clip}: it must be at least 0 (0: no clipping)")
     if not 0 <= cfg.data.caption_dropout <= 1:
         raise InputError(f"data.caption_dropout is {cfg.data.caption_dropout}: give 0 to 1")
+    if cfg.data.release_encoder and cfg.data.cache is None:
+        raise InputError("data.release_encoder needs data.cache: give a folder to encode into")
     check_model(cfg.model)
     OmegaConf.to_container(cfg, throw_on_missing=True, resolve=True)
+
+
+def check_engine(cfg: Any) -> None:
+    """Refuses an engine that cannot train this model. Raises InputError."""
+    engine, dtype = cfg.engine, cfg.model.dtype
+    if engine.kind not in ("none", "ddp", "deepspeed"):
+        raise InputError(f"engine.kind is {engine.kind!r}: choose none, ddp or deepspeed")
+    if engine.autocast not in AUTOCAST:
+        raise InputError(f"engine.autocast is {engine.autocast!r}: choose fp32 or bf16")
+    half = dtype != "fp32" or (engine.kind == "deepspeed" and engine.precision == "bf16")
+    if half and engine.autocast == "fp32":
+        raise InputError(
+            "engine.autocast=fp32 and weights in bf16: set engine.autocast=bf16, or model.dtype and "
+            "engine.precision to fp32"
+        )
+    quantise.check_use(cfg.model.get("quantise"), engine.kind, cfg.get("adapter") is not None)
+    if engine.kind == "deepspeed":
+        sharding(engine)
+        if engine.precision == "fp32" and dtype != "fp32":
+            raise InputError(f"engine.precision=fp32 and model.dtype={dtype}: set both alike")
+        check_zero(pick_device(engine.device).type)
+
+
+def sharding(engine: Any) -> Zero:
+    """conf/engine's ZeRO settings. Raises InputError."""
+    extra: Any = OmegaConf.to_container(engine.extra, resolve=True)
+    return Zero(engine.stage, engine.precision, engine.offload, engine.offload_weights,
+                engine.bucket, extra)  # fmt: skip
 
 
 class Scorer:
@@ -102,8 +135,29 @@ def learning_rate(cfg: Any, steps: int) -> LearningRate:
     return LearningRate(cfg.warmup, cfg.decay, total, cfg.hold)
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
-    """Runs a training stage; returns its summary."""
+@dataclass(frozen=True)
+class Parts:
+    """What a training stage consists of, before any weight is read."""
+
+    dataset: Any
+    lora: LoRA | None
+    rate: LearningRate
+    evaluation: Any
+    reward: Any
+    score: Scorer
+    method: Method
+    schedule: str | None
+
+    def close(self) -> None:
+        """Ends the processes that the parts have started."""
+        parts: list[Any] = [self.reward, self.evaluation]
+        for part in parts:
+            if hasattr(part, "close"):
+                part.close()
+
+
+def assemble(cfg: DictConfig) -> Parts:
+    """Builds the parts and refuses what does not fit. Raises InputError."""
     check(cfg)
     dataset = build(cfg.data.dataset)
     IndexSampler(dataset, cfg.data.batch_size, cfg.seed)
@@ -117,60 +171,110 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     reward = build(cfg.reward) if cfg.reward is not None else None
     score = Scorer(reward)
     method: Method = build(cfg.method, **({} if reward is None else {"score": score}))
+    for name, spec in method.roles.items():
+        _check_role(cfg, name, spec)
+    sampler = cfg.get("sampler")
+    schedule = schedule_hash(build(sampler.schedule)) if sampler is not None else None
+    init = find_init(cfg.init_from) if cfg.init_from is not None else None
+    check_lineage(cfg, init, method.accepts, schedule)
+    return Parts(dataset, lora, rate, evaluation, reward, score, method, schedule)
+
+
+def _check_role(cfg: DictConfig, name: str, spec: RoleSpec) -> None:
+    if cfg.engine.kind != "deepspeed":
+        return
+    if spec.kind == "autoencoder":
+        raise InputError(f"stage={cfg.stage.name} trains a small network: choose engine=none or ddp")
+    if spec.follows is not None and "zero_quantized_nontrainable_weights" in cfg.engine.extra:
+        raise InputError(
+            f"engine={cfg.engine.name} keeps what is not trained in int8, and {name} is an average "
+            "that must not be rounded: choose engine=zero3"
+        )
+
+
+def build_engine(cfg: DictConfig, parts: Parts, model: Flux2) -> Engine:
+    """The roles, their optimizer, and the engine over both."""
+    sharded = cfg.engine.kind == "deepspeed"
+    roles = Roles(
+        parts.method.roles,
+        model,
+        parts.lora,
+        AUTOCAST[cfg.engine.autocast],
+        cfg.engine.checkpointing,
+        cfg.seed,
+        masters=not sharded or cfg.engine.precision == "fp32",
+    )
+    named = {name: roles.parameters(name) for name in roles.trainable}
+    optimizer, clip = build(cfg.optim.optimizer, roles=named), cfg.optim.clip
+    if not sharded:
+        return Engine(roles, optimizer, parts.rate, clip)
+    return Sharded(roles, optimizer, parts.rate, clip, sharding(cfg.engine), model.device)
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Runs a training stage, on every rank alike; returns its summary (on rank 0)."""
+    parts = assemble(cfg)
     run, started = Run(Path(cfg.run.dir)), time.monotonic()
     resumed, device = resolve_resume(cfg), pick_device(cfg.engine.device)
     try:
-        if isinstance(reward, Deferred):
-            reward.ready()
-        model = score.model = load_initial(cfg, device)
-        roles = Roles(
-            method.roles,
-            model,
-            lora,
-            AUTOCAST[cfg.engine.autocast],
-            cfg.engine.checkpointing,
-            cfg.seed,
-        )
-        named = {name: roles.parameters(name) for name in roles.trainable}
-        engine = Engine(roles, build(cfg.optim.optimizer, roles=named), rate, cfg.optim.clip)
+        if isinstance(parts.reward, Deferred):
+            parts.reward.ready()
+        for line in (licence_note(cfg), plan.line(cfg)):
+            if line and distributed.is_main():
+                print(line, flush=True)
+        model = parts.score.model = load_initial(cfg, device)
+        engine = build_engine(cfg, parts, model)
         if resumed is not None:
-            _restore(engine, method, load_checkpoint(resumed, verify=False))
-        collate = Collator(model, **cfg.data.collate, cache=_cache(cfg, model, dataset))
+            _restore(engine, parts.method, load_checkpoint(resumed, verify=False))
+        collate = Collator(model, **cfg.data.collate, cache=_cache(cfg, model, parts.dataset))
         data = Loader(
-            dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout
+            parts.dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout
         )
-        run.update(model_role=cfg.model.role, base=asdict(model.info), trained=list(named))
+        if cfg.data.release_encoder:
+            _release(data, parts.evaluation)
+        run.update(
+            result_role=parts.method.result or cfg.model.role,
+            base=asdict(model.info),
+            trained=list(engine.roles.trainable),
+            schedule_hash=parts.schedule,
+        )
         with Log(run.path, cfg.logger, cfg.train.steps, engine.step) as log:
-            log.print(_headline(cfg, model, named, lora))
-            hooks: tuple[Hook, ...] = ()
-            if evaluation is not None:
-                evaluation.start(cfg, model, roles, log, engine.step)
-                hooks = (evaluation.after_step,)
-            fit(
-                engine,
-                method,
-                data,
-                log,
-                steps=cfg.train.steps,
-                seed=cfg.seed,
-                save=_saver(run, engine, method, cfg.train.keep),
-                save_every=cfg.train.save_every,
-                hooks=hooks,
-                budget=cfg.train.budget,
-            )
-            summary: dict[str, Any] = {"stage": cfg.stage.name, "steps": engine.step}
-            summary["unreadable_records"] = len(data.unreadable)
-            if cfg.train.export:
-                summary["export"] = str(_export(cfg, run, model, roles, data, lora))
-            if evaluation is not None:
-                summary |= evaluation.finish(engine.step)
-            summary["seconds"] = round(time.monotonic() - started, 1)
-            return summary
+            log.print(_headline(cfg, model, engine.roles, parts.lora))
+            summary = _fit(cfg, parts, engine, data, log)
+        summary["seconds"] = round(time.monotonic() - started, 1)
+        return summary
     finally:
-        parts: list[Any] = [reward, evaluation]
-        for part in parts:
-            if hasattr(part, "close"):
-                part.close()
+        parts.close()
+
+
+def _fit(
+    cfg: DictConfig, parts: Parts, engine: Engine, data: Loader, log: Log
+) -> dict[str, Any]:
+    """The loop, the export and the last evaluation."""
+    model, run, evaluation = parts.score.model, Run(Path(cfg.run.dir)), parts.evaluation
+    assert model is not None
+    hooks: tuple[Hook, ...] = ()
+    if evaluation is not None:
+        evaluation.start(cfg, model, engine.roles, log, engine.step)
+        hooks = (evaluation.after_step,)
+    fit(
+        engine,
+        parts.method,
+        data,
+        log,
+        steps=cfg.train.steps,
+        seed=cfg.seed,
+        save=_saver(cfg, run, engine, parts.method, evaluation),
+        save_every=cfg.train.save_every,
+        hooks=hooks,
+        budget=cfg.train.budget,
+    )
+    summary: dict[str, Any] = {"stage": cfg.stage.name, "steps": engine.step}
+    if cfg.train.export:
+        summary["export"] = str(_export(cfg, run, model, engine.roles, data, parts))
+    if evaluation is not None:
+        summary |= evaluation.finish(engine.step)
+    return summary
 
 
 def _cache(cfg: DictConfig, model: Flux2, dataset: Any) -> RowCache | None:
@@ -185,35 +289,54 @@ def _cache(cfg: DictConfig, model: Flux2, dataset: Any) -> RowCache | None:
     return RowCache(Path(cfg.data.cache), key, len(dataset))
 
 
+def _release(data: Loader, evaluation: Any) -> None:
+    """Encodes every record into the cache, and what else will be asked for; frees the encoder."""
+    text = data.collate.model.text
+    data.fill()
+    held = [] if evaluation is None else [r.prompt for r in evaluation.records()]
+    text.keep(["", *held])
+    text.release()
+
+
 def _restore(engine: Engine, method: Method, checkpoint: Any) -> None:
-    engine.roles.load_state_dict(checkpoint.weights)
-    engine.load_state_dict(checkpoint.state["engine"])
+    engine.load(checkpoint.state["engine"], checkpoint.tensors)
     method.load_state_dict(checkpoint.state["method"])
 
 
-def _saver(run: Run, engine: Engine, method: Method, keep: int) -> Callable[[int], None]:
+def _saver(
+    cfg: DictConfig, run: Run, engine: Engine, method: Method, evaluation: Any
+) -> Callable[[int], None]:
     def save(step: int) -> None:
         state = {"engine": engine.state_dict(), "method": method.state_dict()}
-        weights = engine.roles.state_dict()
-        write_checkpoint(run.checkpoints, step, weights, state, {"step": step}, keep)
+        best = None
+        if cfg.train.best is not None and evaluation is not None:
+            name, mode = cfg.train.best
+            value = evaluation.latest(step).get(name)
+            best = None if value is None else (name, value, mode)
+        tensors = engine.own_tensors()
+        write_checkpoint(
+            run.checkpoints, step, tensors, state, {"step": step}, cfg.train.keep, best
+        )
 
     return save
 
 
-def _headline(cfg: DictConfig, model: Flux2, named: dict[str, Any], lora: LoRA | None) -> str:
+def _headline(cfg: DictConfig, model: Flux2, roles: Roles, lora: LoRA | None) -> str:
     counts = ", ".join(
-        f"{name} {sum(p.numel() for p in group.values()) / 1e6:.2f}M"
+        f"{name} {roles.count(name) / 1e6:.2f}M"
         + (f" (LoRA rank {lora.rank})" if lora is not None else "")
-        for name, group in named.items()
+        for name in roles.trainable
     )
+    ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
     return (
         f"{cfg.stage.name} on {model.info.name} ({model.info.parameters / 1e6:.1f}M, "
-        f"{model.info.role}), training {counts}, {cfg.train.steps} steps → {cfg.run.dir}"
+        f"{model.info.role}), training {counts}, engine {cfg.engine.name}{ranks}, "
+        f"{cfg.train.steps} steps → {cfg.run.dir}"
     )
 
 
 def _export(
-    cfg: DictConfig, run: Run, model: Flux2, roles: Roles, data: Loader, lora: LoRA | None
+    cfg: DictConfig, run: Run, model: Flux2, roles: Roles, data: Loader, parts: Parts
 ) -> Path:
     """Writes export/: the autoencoder, or the whole pipeline with the first trained role in it."""
     folder, name = run.path / "export", roles.trainable[0]
@@ -222,7 +345,16 @@ def _export(
         return export_autoencoder(model, images, folder)
     result = next((n for n, s in roles.specs.items() if s.follows == name and s.decay > 0.9), name)
     result = result if cfg.train.export_ema else name
-    return export_pipeline(model, roles, result, folder, DTYPES[cfg.train.export_dtype])
+    return export_run(
+        model,
+        roles,
+        result,
+        folder,
+        DTYPES[cfg.train.export_dtype],
+        role=parts.method.result or cfg.model.role,
+        schedule=build(cfg.sampler.schedule) if cfg.get("sampler") is not None else None,
+        lineage=run.manifest if distributed.is_main() else {},
+    )
 
 
 def _pixels(batch: Batch) -> torch.Tensor:

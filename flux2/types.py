@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class Batch:
         meta: b ground-truth dictionaries (the record's `meta`).
         x0: b n c, clean latents; None for prompts only.
         images: b 3 h w uint8, target pixels where the stage wants them.
-        weight: b, sums to 1 over the global update; the loss is Σ weight · loss.
+        weight: b, 0 for samples that do not count; the engine scales them to sum to 1 over the
+            global update (all ranks), and the loss is Σ weight · loss.
         grid: (rows, columns) of target tokens.
         channels: of a token.
         extra: tensors of the method's own, first dimension b.
@@ -190,7 +191,15 @@ class Turn:
 
 
 class Method(Protocol):
-    """A loss, a way to collect, and nothing else."""
+    """A loss, a way to collect, and nothing else.
+
+    Attributes:
+        accepts: roles of model that it can start from: base, distilled, guidance-distilled.
+        result: what it makes of them; None: what it was given.
+    """
+
+    accepts: ClassVar[tuple[str, ...]]
+    result: ClassVar[str | None]
 
     @property
     def roles(self) -> Mapping[str, RoleSpec]:
@@ -205,7 +214,8 @@ class Method(Protocol):
     def collect(
         self, roles: Mapping[str, Any], batch: Batch, rng: Rng
     ) -> Iterable[Sequence[Batch]]:
-        """The step's updates; each is its list of micro-batches, with weights set."""
+        """The step's updates; each is its list of micro-batches, with weights set. Every rank
+        gives as many updates, from its own rows of the batch."""
         ...
 
     def metrics(self) -> Metrics:

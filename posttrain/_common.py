@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flux2.distributed import gather
 from flux2.errors import InputError
 from flux2.schedule import Grid
 from flux2.types import Batch
@@ -84,9 +85,9 @@ def check_group(group: int) -> None:
 
 
 def mean_scores(scores: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Means over all samples that have a score, by name."""
+    """Means over all samples, of all ranks, that have a score; by name."""
     names = scores[0] if scores else {}
-    joined = {n: torch.cat([s[n] for s in scores]) for n in names}
+    joined = {n: gather(torch.cat([s[n] for s in scores])) for n in names}
     return {n: v.nanmean() for n, v in joined.items()}
 
 
@@ -95,6 +96,7 @@ def spread(rewards: Tensor) -> Tensor:
     return (rewards - rewards.nanmean()).square().nanmean().sqrt()
 
 
-def weigh(batch: Batch, valid: Tensor, total: float) -> Tensor:
-    """Weights of a micro-batch's samples, b: 1/total where valid, else 0."""
-    return valid.to(batch.ids.device, torch.float32) / max(total, 1.0)
+def weigh(batch: Batch, valid: Tensor) -> Tensor:
+    """Weights of a micro-batch's samples, b: 1 where valid, else 0; the engine scales an update's
+    to sum to 1."""
+    return valid.to(batch.ids.device, torch.float32)

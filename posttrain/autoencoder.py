@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class AutoencoderTraining:
 
     kl: float = 1e-4
     micro: int = 64
+    accepts: ClassVar[tuple[str, ...]] = ("base", "distilled", "guidance-distilled")
+    result: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("kl", self.kl, 0), ("micro", self.micro, 1)):

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from flux2.distributed import gather
 from flux2.errors import InputError
 from flux2.flow import FlowSDE, Kernel
 from flux2.rng import Rng
@@ -62,6 +63,8 @@ class GRPO:
     window: FirstSteps = field(default_factory=FirstSteps)
     kernel: Kernel = field(default_factory=FlowSDE)
     schedule: Schedule = field(default_factory=EmpiricalShift)
+    accepts: ClassVar[tuple[str, ...]] = ("base",)
+    result: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_group(self.group)
@@ -102,25 +105,23 @@ class GRPO:
         scores = [dict(wait()) for _, wait in rollouts]
         rewards = torch.cat([s["reward"] for s in scores])
         groups = torch.cat([steps[0].groups for steps, _ in rollouts])
-        adv = group_advantages(rewards, groups)
+        adv = group_advantages(rewards, groups)  # a prompt's group is whole on its rank
         if self._floor is None:
             self._measure_floor(policy, rollouts[0][0][0], grid)
         self._metrics = {
             **mean_scores(scores),
-            "reward_std": spread(rewards),
+            "reward_std": spread(gather(rewards)),
             "groups_flat": adv.flat,
             "rewards_missing": adv.missing,
         }
         parts = zip(
             adv.value.split(self.chunk), adv.valid.split(self.chunk), rollouts, strict=True
         )
-        chunks = [(a, v, steps) for a, v, (steps, _) in parts if bool(v.any())]
+        chunks = [(a, v, steps) for a, v, (steps, _) in parts]
         for k in range(self.updates):
-            mine = chunks[k :: self.updates]
-            total = sum(float(v.sum()) * len(steps) for _, v, steps in mine)
             yield [
-                replace(s, weight=weigh(s, v, total), extra={**s.extra, "advantage": a})
-                for a, v, steps in mine
+                replace(s, weight=weigh(s, v), extra={**s.extra, "advantage": a})
+                for a, v, steps in chunks[k :: self.updates]
                 for s in steps
             ]
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from flux2.distributed import gather
 from flux2.errors import InputError
 from flux2.flow import LogitNormal, TimeDensity, interpolate, x0_from_velocity
 from flux2.rng import Rng
@@ -56,6 +57,8 @@ class NFT:
     times: int = 1
     density: TimeDensity = field(default_factory=LogitNormal)
     schedule: Schedule = field(default_factory=EmpiricalShift)
+    accepts: ClassVar[tuple[str, ...]] = ("base",)
+    result: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_group(self.group)
@@ -104,19 +107,17 @@ class NFT:
         adv = group_advantages(rewards, torch.cat([c.groups for c in chunks]), self.bound)
         self._metrics = {
             **mean_scores(scores),
-            "reward_std": spread(rewards),
+            "reward_std": spread(gather(rewards)),
             "groups_flat": adv.flat,
             "rewards_missing": adv.missing,
         }
         optimality = (adv.value / (2 * self.bound) + 0.5).clamp(0, 1)
-        total = float(adv.valid.sum()) * self.times
         rows = zip(
             chunks, optimality.split(self.chunk), adv.valid.split(self.chunk), strict=True
         )
         yield [
-            replace(c, weight=weigh(c, v, total), extra={"r": r, "k": torch.full_like(c.ids, k)})
+            replace(c, weight=weigh(c, v), extra={"r": r, "k": torch.full_like(c.ids, k)})
             for c, r, v in rows
-            if bool(v.any())
             for k in range(self.times)
         ]
 

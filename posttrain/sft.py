@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,6 +33,8 @@ class FlowMatching:
     density: TimeDensity = field(default_factory=LogitNormal)
     micro: int = 64
     ema: float = 0.0
+    accepts: ClassVar[tuple[str, ...]] = ("base",)
+    result: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         if self.micro < 1:

@@ -178,6 +178,13 @@ def test_a_mismatch_that_cannot_even_be_composed_is_called_a_mismatch(call, conf
     assert code == 2 and len(err) == 1 and "for stage=fine, not stage=bare" in err[0]
 
 
+def test_half_a_launcher_is_refused(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = call("stage=fine")
+    assert (code, out) == (2, "") and len(err) == 1
+    assert err[0].startswith("error: WORLD_SIZE=2 is in the environment, but not RANK")
+
+
 def test_a_recipe_brings_its_stage_and_choices_and_the_command_line_wins(call):
     assert call("experiment=family/good", "run.dir=a")[0] == 0
     first = json.loads(Path("a/summary.json").read_text())
@@ -244,7 +251,11 @@ def test_an_interrupted_run_goes_on(call):
     assert json.loads(Path("here/summary.json").read_text()) == {"start": 1, "steps": 4, "lr": 0.5}
     assert manifest("here")["id"] == identity and manifest("here")["status"] == "done"
 
+    assert call("resume=here", "launch.threads=1")[0] == 0
     for wrong, word in [
+        ("launch=local", "leave out launch=local"),
+        ("launch.processes=2", "choose engine=ddp"),
+        ("launch.proceses=1", "did you mean 'launch.processes'"),
         ("optim=adam", "leave out optim=adam"),
         ("stage=fine", "leave out stage=fine"),
         ("optim.lrr=1", "did you mean 'optim.lr'"),

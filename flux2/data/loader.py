@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from flux2 import distributed
 from flux2.data.cache import RowCache
 from flux2.data.record import Dataset, Record, UnreadableRecord
 from flux2.data.sampler import IndexSampler
@@ -17,7 +19,7 @@ from flux2.errors import InputError
 from flux2.latents import grid_ids, reference_ids
 from flux2.model import Flux2
 from flux2.rng import keyed
-from flux2.text import text_ids
+from flux2.text import attention_mask, text_ids
 from flux2.types import Batch, Condition
 
 
@@ -107,11 +109,27 @@ class Collator:
             "ids": grid_ids(grid, device=device).expand(b, -1, -1),
             "ref": ref,
             "ref_ids": ref_ids,
+            "guidance": self._embedded(b),
         }
+        image = shared["ids"].shape[1] + (0 if ref is None else ref.shape[1])
+        prompts = ["" if k in set(dropped) else r.prompt for k, r in enumerate(records)]
         null = None
         if self.unconditional:
-            null = Condition(text=text([""], device).expand(b, -1, -1), **shared)
-        return Condition(text=features, null=null, **shared)
+            empty = text([""], device).expand(b, -1, -1)
+            null = Condition(text=empty, mask=self._mask([""] * b, image), **shared)
+        return Condition(text=features, null=null, mask=self._mask(prompts, image), **shared)
+
+    def _embedded(self, b: int) -> Tensor | None:
+        """The guidance strength for a transformer that takes one: b."""
+        strength = self.model.info.guidance
+        return None if strength is None else torch.full((b,), strength, device=self.model.device)
+
+    def _mask(self, prompts: Sequence[str], image: int) -> Tensor | None:
+        """Hides padding where the text encoder asks for it: b (s + image)."""
+        text = self.model.text
+        if not text.mask_padding:
+            return None
+        return attention_mask(text.mask(prompts, self.model.device), image)
 
 
 def _meta(record: Record) -> dict[str, object]:
@@ -124,7 +142,7 @@ def _meta(record: Record) -> dict[str, object]:
 
 @dataclass
 class Loader:
-    """The global batch of a step, by its number.
+    """This rank's rows of the global batch of a step, by its number.
 
     Unreadable records are counted, told once each, and replaced by the next readable one of the
     batch.
@@ -141,25 +159,52 @@ class Loader:
         if not 0 <= self.caption_dropout <= 1:
             raise InputError(f"data.caption_dropout is {self.caption_dropout}: give 0 to 1")
         self._sampler = IndexSampler(self.dataset, self.batch_size, self.seed)
+        if self.batch_size % distributed.size():
+            raise InputError(
+                f"data.batch_size is {self.batch_size} and there are {distributed.size()} ranks: "
+                "give a multiple"
+            )
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step; the same for the same (seed, step)."""
-        records = self._read(self._sampler(step))
-        u = keyed(self.seed, "caption_dropout", step).random(len(records))
-        dropped = (u < self.caption_dropout).tolist()
-        return self.collate(records, torch.arange(len(records)), dropped)
+        """The rows of a step; the same for the same (seed, step), however many ranks share them."""
+        indices = self._sampler(step)
+        share = self.batch_size // distributed.size()
+        mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+        records = self._read(indices, mine)
+        u = keyed(self.seed, "caption_dropout", step).random(len(indices))
+        dropped = (u[mine] < self.caption_dropout).tolist()
+        return self.collate(records, torch.arange(len(indices))[mine], dropped)
 
-    def _read(self, indices: Sequence[int]) -> list[Record]:
-        found: list[Record | None] = []
-        for index in indices:
-            try:
-                found.append(self.dataset[index])
-            except UnreadableRecord as error:
-                if index not in self.unreadable:
-                    print(f"left out record {index}: {error}", file=sys.stderr)
-                self.unreadable.add(index)
-                found.append(None)
-        readable = [r for r in found if r is not None]
+    def fill(self) -> None:
+        """Encodes every record into the cache; the ranks share the work."""
+        groups: dict[object, list[int]] = {}
+        for index in range(len(self.dataset)):
+            groups.setdefault(self.dataset.bucket_of(index), []).append(index)
+        chunks = [g[k : k + 16] for g in groups.values() for k in range(0, len(g), 16)]
+        mine = chunks[distributed.rank() :: distributed.size()]
+        for chunk in tqdm(mine, desc="encoding", leave=False, dynamic_ncols=True, disable=None):
+            records = [r for r in map(self._one, chunk) if r is not None]
+            if records:
+                self.collate(records, torch.arange(len(records)))
+        distributed.barrier()
+
+    def _read(self, indices: Sequence[int], mine: slice) -> list[Record]:
+        found = {k: self._one(indices[k]) for k in range(len(indices))[mine]}
+        if all(found.values()):
+            return [r for r in found.values() if r is not None]
+        # What stands in for a record must not depend on the number of ranks.
+        everyone = [found[k] if k in found else self._one(i) for k, i in enumerate(indices)]
+        readable = [r for r in everyone if r is not None]
         if not readable:
             raise InputError("no record of a whole batch could be read: check data")
-        return [r if r is not None else readable[i % len(readable)] for i, r in enumerate(found)]
+        return [r or readable[k % len(readable)] for k, r in found.items()]
+
+    def _one(self, index: int) -> Record | None:
+        """A record; None where it cannot be read."""
+        try:
+            return self.dataset[index]
+        except UnreadableRecord as error:
+            if index not in self.unreadable:
+                print(f"left out record {index}: {error}", file=sys.stderr)
+            self.unreadable.add(index)
+            return None

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flux2 import distributed
 from flux2.adapters import LoRA
-from flux2.engine import Engine, pick_device
+from flux2.engine import Engine, pick_device, share
 from flux2.errors import InputError
 from flux2.optim import LearningRate, TurnAdamW, TurnMuon
 from flux2.rng import Rng
@@ -180,6 +181,45 @@ def test_weighted_micro_batches_equal_one_big_batch(tiny, make_batch):
         for got, want in zip(other, gradients[0], strict=True):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
+
+
+def test_sharing_scales_weights_and_leaves_out_what_has_none(make_batch):
+    batch = make_batch(5)
+    weight = torch.tensor([0.0, 0.0, 3.0, 1.0, 4.0])
+    shared = share(replace(batch, weight=weight).split(2))
+    assert [m.weight.tolist() for m in shared] == [[0.375, 0.125], [0.5]]
+    assert [m.ids.tolist() for m in shared] == [[2, 3], [4]]
+    assert share(replace(batch, weight=0 * weight).split(2)) == [] and share([]) == []
+
+
+def test_a_rank_with_less_repeats_its_last_micro_batch_without_weight(make_batch, monkeypatch):
+    """As on the second of two ranks, of which the first has three micro-batches of weight 2."""
+    batch = make_batch(2)
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [(3, 6.0), mine])
+    first = replace(batch, weight=torch.tensor([1.0, 1.0]))
+    shared = share([first, replace(batch, weight=torch.zeros(2))])
+    assert [m.weight.tolist() for m in shared] == [[0.125, 0.125], [0, 0], [0, 0]]
+    none = share([replace(batch, weight=torch.zeros(2))])
+    assert [m.weight.tolist() for m in none] == [[0, 0]] * 3
+
+
+def test_gradients_reach_the_active_role_alone(tiny, make_batch):
+    engine, batch = build(tiny), make_batch(2)
+    with engine.turn("student"):
+        loss = loss_of(engine, "student", batch) + loss_of(engine, "fake", batch)
+        engine.backward(loss, last=True)
+        assert all(p.grad is None for p in engine.roles.parameters("fake").values())
+    for name in ("student", "fake"):
+        assert all(p.requires_grad for p in engine.roles.parameters(name).values())
+
+
+def test_what_is_trained_is_fp32_over_a_bf16_base(tiny, make_batch):
+    """An update of 1e-4 relative would vanish in bf16."""
+    tiny.transformer.to(torch.bfloat16)
+    roles = Roles(SPECS, tiny, None, torch.bfloat16)
+    for name in ("student", "fake", "ema"):
+        assert {p.dtype for p in roles.parameters(name).values()} == {torch.float32}
+    assert {p.dtype for p in roles.backbones["base"].parameters()} == {torch.bfloat16}
 
 
 def test_devices():

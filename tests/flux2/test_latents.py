@@ -5,12 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
-from flux2.latents import LatentCodec, grid_ids, reference_ids, to_float, to_uint8
+from flux2 import attention
+from flux2.adapters import Switch
+from flux2.latents import (
+    LatentCodec,
+    cast,
+    grid_ids,
+    join,
+    reference_ids,
+    separate,
+    to_float,
+    to_uint8,
+)
+from flux2.roles import VelocityRole
+from flux2.text import attention_mask, text_ids
+from flux2.types import Condition, cat_conditions
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -77,6 +92,19 @@ def test_statistics_are_held_in_fp32_when_the_vae_is_cast(tiny):
     assert not torch.equal(LatentCodec(tiny.vae).mean, mean)  # too late by then
 
 
+def test_a_cast_autoencoder_keeps_its_statistics(tiny):
+    mean, variance = tiny.vae.bn.running_mean.clone(), tiny.vae.bn.running_var.clone()
+    assert not torch.equal(mean.bfloat16().float(), mean)
+    vae = cast(tiny.vae, torch.bfloat16)
+    assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
+    assert torch.equal(vae.bn.running_mean, mean) and torch.equal(vae.bn.running_var, variance)
+    codec = LatentCodec(vae)
+    assert torch.equal(codec.mean, tiny.codec.mean) and torch.equal(codec.std, tiny.codec.std)
+    images = pixels(1, 3, 32, 32)
+    assert codec.encode(images).dtype == torch.float32
+    assert codec.decode(codec.encode(images), (2, 2)).shape == images.shape
+
+
 def test_the_decoder_has_gradients_and_the_encoder_none(tiny):
     x = torch.randn(1, 4, 128, requires_grad=True)
     tiny.codec.decode_float(x, (2, 2)).square().mean().backward()
@@ -105,3 +133,98 @@ def test_pixels_convert_as_the_image_processor_does():
     x = torch.linspace(-1.2, 1.2, 3 * 64).reshape(1, 3, 8, 8)
     want_pil: Any = Flux2ImageProcessor(vae_scale_factor=16).postprocess(x, output_type="pil")
     assert np.array_equal(to_uint8(x)[0].permute(1, 2, 0).numpy(), np.asarray(want_pil[0]))
+
+
+# ---------------------------------------------------------------- mixed sizes in a batch
+
+# Targets and references of one sample each; the last has none.
+LAYOUTS = [((2, 3), [(2, 2)]), ((3, 2), [(1, 2), (2, 3)]), ((4, 4), []), ((1, 2), [])]
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(layout, d: int, seed: int, guidance: float | None = None, rows: int = 1):
+    """x and its condition, of `rows` samples of one layout; texts of 5 tokens."""
+    grid, references = layout
+    m = sum(h * w for h, w in references)
+    cond = Condition(
+        text=draw(rows, 5, d, seed=seed),
+        text_ids=text_ids(rows, 5),
+        ids=grid_ids(grid).expand(rows, -1, -1),
+        ref=draw(rows, m, 128, seed=seed + 50) if m else None,
+        ref_ids=reference_ids(references).expand(rows, -1, -1) if m else None,
+        guidance=None if guidance is None else torch.full((rows,), guidance),
+    )
+    return draw(rows, grid[0] * grid[1], 128, seed=seed + 100), cond
+
+
+@torch.no_grad()
+def stock_alone(stock, x, t, cond: Condition) -> torch.Tensor:
+    """diffusers' own transformer on one sample, its own way: [text | target | references], cut."""
+    tokens = [x] if cond.ref is None else [x, cond.ref]
+    ids = [cond.ids[0]] if cond.ref_ids is None else [cond.ids[0], cond.ref_ids[0]]
+    out = stock(
+        hidden_states=torch.cat(tokens, 1), encoder_hidden_states=cond.text, timestep=t,
+        img_ids=torch.cat(ids), txt_ids=cond.text_ids[0], guidance=cond.guidance,
+        return_dict=False,
+    )[0]  # fmt: skip
+    return out[:, : x.shape[1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guided", [False, True])
+def test_mixed_sizes_and_references_in_a_batch_equal_single_samples_of_the_stock(tiny, guided):
+    body: Any = tiny.transformer
+    if guided:  # dev's kind
+        torch.manual_seed(0)
+        body = Flux2Transformer2DModel.from_config(body.config, guidance_embeds=True).eval()
+    stock = Flux2Transformer2DModel.from_config(body.config).eval()
+    stock.load_state_dict(body.state_dict())
+    attention.install(body)
+    scale = 4.0 if guided else None
+    parts = [sample(k, tiny.text.dim, i, scale) for i, k in enumerate(LAYOUTS)]
+    t = torch.tensor([0.1, 0.4, 0.7, 0.95])
+    x, cond = join(parts)
+    assert x.shape == (4, 16, 128) and cond.ref.shape == (4, 8, 128)
+    assert cond.mask.shape == (4, 5 + 16 + 8)
+    assert cond.mask.sum(1).tolist() == [5 + 6 + 4, 5 + 6 + 8, 5 + 16, 5 + 2]
+    got = separate(VelocityRole(body, Switch(body), None, None)(x, t, cond), parts)
+    for i, (one, its) in enumerate(parts):
+        want = stock_alone(stock, one, t[i : i + 1], its)
+        assert want.std() > 0.05 and got[i].shape == want.shape
+        torch.testing.assert_close(got[i], want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_join_keeps_masks_nulls_and_rows(tiny):
+    """Parts of several rows, with text of which some is masked, and their unconditional branch."""
+    from dataclasses import replace
+
+    parts = []
+    for i, layout in enumerate(LAYOUTS[:3]):
+        x, cond = sample(layout, tiny.text.dim, i, rows=2)
+        text = torch.arange(5)[None] < torch.tensor([[5 - i], [3]])
+        mask = attention_mask(text, x.shape[1] + (0 if cond.ref is None else cond.ref.shape[1]))
+        null = replace(cond, text=draw(2, 5, tiny.text.dim, seed=77), mask=mask)
+        parts.append((x, replace(cond, mask=mask, null=null)))
+    role = VelocityRole(tiny.transformer, Switch(tiny.transformer), None, None)
+    x, cond = join(parts)
+    t = torch.linspace(0.1, 0.9, 6)
+    for whole, alone in ((cond, [c for _, c in parts]), (cond.null, [c.null for _, c in parts])):
+        got = separate(role(x, t, whole), parts)
+        for i, its in enumerate(alone):
+            want = role(parts[i][0], t[2 * i : 2 * i + 2], its)
+            torch.testing.assert_close(got[i], want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="for every part"):
+        join([parts[0], (parts[1][0], replace(parts[1][1], null=None))])
+
+
+def test_join_of_equal_layouts_is_a_plain_batch():
+    parts = [sample(LAYOUTS[0], 8, seed) for seed in (0, 1)]
+    x, cond = join(parts)
+    want = cat_conditions([c for _, c in parts])
+    assert torch.equal(x, torch.cat([p for p, _ in parts])) and cond.mask is None
+    for name in ("text", "text_ids", "ids", "ref", "ref_ids"):
+        assert torch.equal(getattr(cond, name), getattr(want, name))

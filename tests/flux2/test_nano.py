@@ -7,7 +7,7 @@ import torch
 
 from flux2.data.signs import ALPHABET, CUBE, SignWorld
 from flux2.errors import InputError
-from flux2.nano import build_text_encoder, build_tokenizer
+from flux2.nano import _trained, build_text_encoder, build_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 28,
          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
@@ -64,7 +64,9 @@ def test_the_template_marks_begin_and_end(tokenizer):
 
 
 def test_building_twice_gives_the_same(tokenizer):
+    _trained.cache_clear()  # trained again, not remembered
     other = build_tokenizer(24)
+    assert other._tokenizer.to_str() == tokenizer._tokenizer.to_str()
     assert other.get_vocab() == tokenizer.get_vocab()
     one, two = (build_text_encoder(SHAPE, 50, seed=3) for _ in range(2))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
@@ -83,6 +85,41 @@ def test_deep_layers_still_tell_tokens_apart():
     changed = (states[0] - states[1]).norm(dim=-1)
     assert changed[:2].max() < 1e-4  # what is to the left cannot see it
     assert changed[2] > changed[3] > 1e-3  # the token itself changes most; the next one hears of it
+
+
+def test_devs_system_message_is_one_token_and_no_prompt_is_cut():
+    """conf/model/nano-dev's 28 tokens hold every prompt, the message and the template."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
+    dev = build_tokenizer(28, "mistral3")
+    assert dev.padding_side == "left" and len(dev.tokenize(SYSTEM_MESSAGE)) == 1
+    tasks = dict.fromkeys(("t2i", "recolour", "move", "replace", "compose"), 1.0)
+    kinds = {"full": 1.0, "short": 1.0, "json": 1.0}
+    world = SignWorld("train", length=300, seed=9, tasks=tasks, granularity=kinds)
+    prompts = [world[i].prompt for i in range(300)]
+    texts = dev.apply_chat_template(format_input(prompts), tokenize=False)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = dev(text)["input_ids"]
+        assert len(ids) <= 28, prompt
+        assert dev.decode(ids, skip_special_tokens=True) == SYSTEM_MESSAGE + prompt
+
+
+@torch.no_grad()
+def test_a_deep_mistral_still_tells_tokens_apart():
+    """As the Qwen above, at dev's layer 30; and it is keyed by its seed."""
+    eye = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+           "num_attention_heads": 1, "head_dim": 16, "patch_size": 14}  # fmt: skip
+    shape = {"model_type": "mistral3", "vision_config": eye,
+             "text_config": {**SHAPE, "num_hidden_layers": 32, "sliding_window": None}}  # fmt: skip
+    model, again = (build_text_encoder(shape, 50, seed=0) for _ in range(2))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    ids = torch.tensor([[7, 8, 9, 10], [7, 8, 11, 10]])
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[30]
+    assert states.isfinite().all() and 0.3 < states.std() < 30
+    changed = (states[0] - states[1]).norm(dim=-1)
+    assert changed[:2].max() < 1e-4 and changed[2] > changed[3] > 1e-3
 
 
 def test_an_unknown_key_is_refused():

@@ -174,17 +174,17 @@ def test_lora_shares_one_backbone(tiny):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_state_dict_round_trip(tiny, lora):
+def test_tensors_round_trip(tiny, lora):
     import copy
 
     second = copy.deepcopy(tiny)
     x, t, cond = inputs(tiny)
     roles = build(tiny, lora)
     perturb(roles, "policy", "other", "ema")
-    state = {k: v.clone() for k, v in roles.state_dict().items()}
+    state = {k: v.clone() for k, v in roles.tensors()}
     assert not any(k.startswith("reference") for k in state)
     fresh = build(second, lora)
-    fresh.load_state_dict(state)
+    fresh.load(state)
     with torch.no_grad():
         for name in NAMES:
             assert torch.equal(fresh[name](x, t, cond), roles[name](x, t, cond)), name
@@ -192,12 +192,12 @@ def test_state_dict_round_trip(tiny, lora):
 
 def test_state_that_does_not_fit_is_refused(tiny):
     roles = build(tiny, True)
-    state = roles.state_dict()
+    state = dict(roles.tensors())
     with pytest.raises(InputError, match="one side"):
-        roles.load_state_dict(dict(list(state.items())[1:]))
+        roles.load(dict(list(state.items())[1:]))
     key = next(k for k in state if "lora_A" in k)
     with pytest.raises(InputError, match="shape"):
-        roles.load_state_dict({**state, key: state[key][:1]})
+        roles.load({**state, key: state[key][:1]})
 
 
 def test_following_nobody_is_refused(tiny):
@@ -242,4 +242,4 @@ def test_the_autoencoder_role(tiny):
         z = posterior.mean + torch.exp(0.5 * logvar) * noise
         again = roles["autoencoder"].reconstruct(images, lambda shape: noise.reshape(2, *shape))[0]
         torch.testing.assert_close(again, tiny.vae.decode(z).sample, atol=1e-5, rtol=1e-5)
-    assert "vae/bn.running_mean" in roles.state_dict()
+    assert "vae/bn.running_mean" in dict(roles.tensors())

@@ -84,11 +84,11 @@ def test_spread_is_that_of_the_scored():
     assert spread(torch.tensor([NAN, NAN])).isnan()
 
 
-def test_weights_are_one_over_the_total_where_valid():
+def test_weights_are_one_where_valid():
     ids = torch.arange(3)
     batch = Batch(ids, ("a",) * 3, toy_condition(3, 1), ids, ({},) * 3, (1, 1))
     valid = torch.tensor([True, False, True])
-    assert weigh(batch, valid, 8.0).tolist() == [1 / 8, 0, 1 / 8]
+    assert weigh(batch, valid).tolist() == [1, 0, 1]
 
 
 def test_windows():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from flux2.analytic import GaussianPolicy, toy_condition
+from flux2.engine import share
 from flux2.errors import InputError
 from flux2.flow import FlowSDE
 from flux2.rng import Rng
@@ -70,7 +71,7 @@ def train(method: GRPO, roles: dict[str, Any], steps: int, lr: float, count: int
     """The training loop in small."""
     optimizer = torch.optim.SGD(roles["policy"].parameters(), lr)
     for step in range(steps):
-        for update in method.collect(roles, prompts(count), Rng(0, step)):
+        for update in map(share, method.collect(roles, prompts(count), Rng(0, step))):
             optimizer.zero_grad()
             backward(method, roles, update)
             if update:
@@ -118,14 +119,14 @@ class Guidable(nn.Module):
 
 def test_the_trained_steps_are_those_of_the_window():
     method = make(window=FirstSteps(2, skip=1), chunk=16)
-    (update,) = method.collect({"policy": policy()}, prompts(4), RNG)
+    (update,) = map(share, method.collect({"policy": policy()}, prompts(4), RNG))
     assert [int(m.extra["i"][0]) for m in update] == [1, 2, 1, 2]
     assert all((m.extra["i"] == m.extra["i"][0]).all() for m in update)
 
 
 def test_recorded_steps_follow_each_other_and_their_log_density():
     role = policy()
-    (update,) = make(chunk=32).collect({"policy": role}, prompts(4), RNG)
+    (update,) = map(share, make(chunk=32).collect({"policy": role}, prompts(4), RNG))
     assert len(update) == 3
     for micro, after in pairwise(update):
         torch.testing.assert_close(micro.extra["x_next"], after.extra["x"], atol=0, rtol=0)
@@ -138,22 +139,22 @@ def test_recorded_steps_follow_each_other_and_their_log_density():
 def test_guidance_is_part_of_the_policy():
     """v_u + g(v_c − v_u) with v = v_0 ± push is v_0 + (2g − 1)·push."""
     role = Guidable(0.1)
-    (update,) = make(guidance=4.0, chunk=32).collect({"policy": role}, prompts(4), RNG)
+    (update,) = map(share, make(guidance=4.0, chunk=32).collect({"policy": role}, prompts(4), RNG))
     moved = GaussianPolicy(role.inner.mean.detach(), STD)
     plain = make(chunk=32)
     shifted = {"policy": lambda x, t, cond: moved(x, t, cond) + 0.7}
-    (want,) = plain.collect(shifted, prompts(4), RNG)
+    (want,) = map(share, plain.collect(shifted, prompts(4), RNG))
     for a, b in zip(update, want, strict=True):
         torch.testing.assert_close(a.extra["x_next"], b.extra["x_next"], **LOOSE)
         torch.testing.assert_close(a.extra["log_prob"], b.extra["log_prob"], **LOOSE)
     method = make(guidance=4.0)
-    (update,) = method.collect({"policy": role}, prompts(4), RNG)
+    (update,) = map(share, method.collect({"policy": role}, prompts(4), RNG))
     _, metrics = method.loss({"policy": role}, update[0], RNG)
     assert metrics["dlogp/0"] == 0
 
 
 def test_members_of_a_group_differ_and_share_their_prompts_group():
-    (update,) = make(chunk=64).collect({"policy": policy()}, prompts(4), RNG)
+    (update,) = map(share, make(chunk=64).collect({"policy": policy()}, prompts(4), RNG))
     assert len({tuple(row.flatten().tolist()) for row in update[0].extra["x"]}) == 32
     assert update[0].groups.tolist() == [g for g in range(4) for _ in range(8)]
 
@@ -165,7 +166,7 @@ def test_members_of_a_group_differ_and_share_their_prompts_group():
 def test_the_first_ratio_is_one(role):
     """In fp32 and in bf16: the update replays the rollout's chunks by the rollout's code."""
     method = make(clip=1e-5)
-    (update,) = method.collect({"policy": role}, prompts(4), RNG)
+    (update,) = map(share, method.collect({"policy": role}, prompts(4), RNG))
     for micro in update:
         loss, metrics = method.loss({"policy": role}, micro, RNG)
         assert micro.weight is not None
@@ -179,7 +180,7 @@ def test_the_first_ratio_is_one(role):
 def test_the_gradient_at_ratio_one_is_reinforce():
     """∇ −Σ w A log p by autograd of the Gaussian density, summed over the update."""
     role, method = policy(), make()
-    (update,) = method.collect({"policy": role}, prompts(4), RNG)
+    (update,) = map(share, method.collect({"policy": role}, prompts(4), RNG))
     backward(method, {"policy": role}, update)
     mean = role.mean.detach().clone().requires_grad_()
     objective = torch.zeros(())
@@ -200,7 +201,7 @@ def test_the_gradient_at_ratio_one_is_reinforce():
 def test_clipping_stops_the_gradient_on_the_right_side(ratio, advantage, moves):
     """ε = 0.01; a pessimistic bound: gains beyond the region are cut, losses never."""
     role, method = policy(), make(clip=0.01)
-    (update,) = method.collect({"policy": role}, prompts(4), RNG)
+    (update,) = map(share, method.collect({"policy": role}, prompts(4), RNG))
     e = update[0].extra
     shifted = {**e, "log_prob": e["log_prob"] - math.log(ratio),
                "advantage": torch.full_like(e["advantage"], advantage)}  # fmt: skip
@@ -219,7 +220,7 @@ def test_the_divergence_is_the_closed_form():
     role, reference = policy(), policy(offset=-0.5)
     roles, method = {"policy": role, "reference": reference}, make(kl=0.3)
     assert method.roles["reference"] == RoleSpec()
-    (update,) = method.collect(roles, prompts(4), RNG)
+    (update,) = map(share, method.collect(roles, prompts(4), RNG))
     for micro in update:
         loss, metrics = method.loss(roles, micro, RNG)
         x, i = micro.extra["x"], int(micro.extra["i"][0])
@@ -237,7 +238,7 @@ def test_loss_and_gradient_do_not_depend_on_the_chunks():
     found = []
     for chunk in (8, 12, 32):
         role, method = policy(), make(chunk=chunk)
-        (update,) = method.collect({"policy": role}, prompts(4), RNG)
+        (update,) = map(share, method.collect({"policy": role}, prompts(4), RNG))
         assert role.mean.grad is None
         found.append((torch.tensor(backward(method, {"policy": role}, update)), role.mean.grad))
     for other in found[1:]:
@@ -260,7 +261,7 @@ def spoiled(x: Tensor, batch: Batch) -> Tensor:
 def test_weights_sum_to_one_over_each_update(chunk, updates):
     method = make(spoiled, chunk=chunk, updates=updates)
     seen = 0
-    for update in method.collect({"policy": policy()}, prompts(4), RNG):
+    for update in map(share, method.collect({"policy": policy()}, prompts(4), RNG)):
         weights = [m.weight for m in update if m.weight is not None]
         if update:
             assert float(torch.cat(weights).sum()) == pytest.approx(1)
@@ -279,7 +280,7 @@ def test_a_masked_sample_leaves_the_gradient_alone():
     grads = []
     for shift in (0.0, 3.0):
         role, method = policy(), make(spoiled, chunk=32)
-        (update,) = method.collect({"policy": role}, prompts(4), RNG)
+        (update,) = map(share, method.collect({"policy": role}, prompts(4), RNG))
         for micro in update:
             assert micro.weight is not None
             dead = (micro.weight == 0).float()[:, None, None]
@@ -295,7 +296,7 @@ def test_a_batch_that_says_nothing_moves_nothing(value):
     method = make(lambda x, batch: torch.full((len(batch),), value), updates=2)
     role = policy()
     before = role.mean.detach().clone()
-    updates = list(method.collect({"policy": role}, prompts(4), RNG))
+    updates = list(map(share, method.collect({"policy": role}, prompts(4), RNG)))
     assert updates == [[], []]
     train(method, {"policy": role}, steps=2, lr=1.0)
     torch.testing.assert_close(role.mean.detach(), before, atol=0, rtol=0)
@@ -328,7 +329,7 @@ def test_later_updates_are_corrected_by_the_ratio():
     role, method = policy(), make(updates=2, clip=1e-4)
     roles, seen = {"policy": role}, []
     optimizer = torch.optim.SGD(role.parameters(), 0.5)
-    for update in method.collect(roles, prompts(4), RNG):
+    for update in map(share, method.collect(roles, prompts(4), RNG)):
         optimizer.zero_grad()
         for micro in update:
             loss, metrics = method.loss(roles, micro, RNG)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flux2.analytic import GaussianPolicy, toy_condition
+from flux2.engine import share
 from flux2.errors import InputError
 from flux2.rng import Rng
 from flux2.schedule import Linear
@@ -70,7 +71,7 @@ def train(method: NFT, roles: dict[str, Any], steps: int, lr: float) -> None:
     live = [p for p in roles["policy"].parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(live, lr)
     for step in range(steps):
-        for update in method.collect(roles, prompts(4), Rng(0, step)):
+        for update in map(share, method.collect(roles, prompts(4), Rng(0, step))):
             optimizer.zero_grad()
             backward(method, roles, update)
             if update:
@@ -167,7 +168,7 @@ def test_loss_and_gradient_do_not_depend_on_the_chunks():
         roles, method = pair(), make(chunk=chunk, times=2)
         with torch.no_grad():
             roles["old"].mean.add_(0.1)
-        (update,) = method.collect(roles, prompts(4), RNG)
+        (update,) = map(share, method.collect(roles, prompts(4), RNG))
         assert roles["policy"].mean.grad is None
         total = torch.tensor(backward(method, roles, update))
         found.append((total, roles["policy"].mean.grad))
@@ -184,7 +185,7 @@ def test_samples_are_the_old_policys():
     roles = pair()
     with torch.no_grad():
         roles["policy"].mean.add_(100)
-    (update,) = make(chunk=32).collect(roles, prompts(4), RNG)
+    (update,) = map(share, make(chunk=32).collect(roles, prompts(4), RNG))
     x0 = update[0].x0
     assert x0 is not None and not x0.requires_grad
     assert float((x0.mean(0) - roles["old"].mean.detach()).abs().max()) < 1
@@ -193,7 +194,7 @@ def test_samples_are_the_old_policys():
 def test_optimality_is_the_advantage_on_the_unit_interval():
     """r̃ = A/(2·A_max) + ½; scores 0 … 7 of a group have mean 3.5 and variance 5.25."""
     method = make(lambda x, b: (b.ids % 8).float(), chunk=32, bound=1.2)
-    (update,) = method.collect(pair(), prompts(2), RNG)
+    (update,) = map(share, method.collect(pair(), prompts(2), RNG))
     a = (torch.arange(8) - 3.5) / (math.sqrt(5.25) + 1e-4)
     want = (a.clamp(-1.2, 1.2) / 2.4 + 0.5).repeat(2)
     torch.testing.assert_close(update[0].extra["r"], want)
@@ -202,7 +203,7 @@ def test_optimality_is_the_advantage_on_the_unit_interval():
 
 def test_each_sample_is_trained_at_several_times():
     method = make(chunk=16, times=3)
-    (update,) = method.collect(pair(), prompts(4), RNG)
+    (update,) = map(share, method.collect(pair(), prompts(4), RNG))
     assert [int(m.extra["k"][0]) for m in update] == [0, 1, 2, 0, 1, 2]
     losses = [float(method.loss(pair(), m, RNG)[0].detach()) for m in update[:3]]
     assert len(set(losses)) == 3
@@ -219,7 +220,7 @@ def spoiled(x: Tensor, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("chunk", [5, 8, 32])
 def test_weights_sum_to_one_over_the_update(chunk):
     method, seen = make(spoiled, chunk=chunk, times=2), 0
-    (update,) = method.collect(pair(), prompts(4), RNG)
+    (update,) = map(share, method.collect(pair(), prompts(4), RNG))
     weights = torch.cat([m.weight for m in update if m.weight is not None])
     assert float(weights.sum()) == pytest.approx(1)
     for micro in update:
@@ -236,7 +237,7 @@ def test_weights_sum_to_one_over_the_update(chunk):
 def test_a_batch_that_says_nothing_moves_nothing(value):
     roles, method = pair(), make(lambda x, batch: torch.full((len(batch),), value))
     before = roles["policy"].mean.detach().clone()
-    assert list(method.collect(roles, prompts(4), RNG)) == [[]]
+    assert list(map(share, method.collect(roles, prompts(4), RNG))) == [[]]
     train(method, roles, steps=2, lr=1.0)
     torch.testing.assert_close(roles["policy"].mean.detach(), before, atol=0, rtol=0)
 

@@ -1,0 +1,241 @@
+"""The passes that a run makes, without data: velocities in a loss, the autoencoder, the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flux2 import adapters, attention, quantise
+from flux2.activations import FEW, Curve, Pass, emptied, fake, follow
+from flux2.adapters import LoRA
+from flux2.architecture import build
+from flux2.latents import LatentCodec
+from flux2.roles import AutoencoderRole, VelocityRole
+from flux2.types import Condition
+
+_ROLE = "planned"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a sample is: pixels, and tokens of the prompt and of the references."""
+
+    height: int
+    width: int
+    text: int
+    references: int = 0
+    patch: int = 16
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of target tokens."""
+        return self.height // self.patch, self.width // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward of a role.
+
+    Attributes:
+        rows: samples in it.
+        graded: with gradients.
+        owner: trained, follower or frozen: whose weights.
+    """
+
+    rows: int
+    graded: bool
+    owner: str = "trained"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how a velocity is computed.
+
+    Attributes:
+        base: dtype of frozen weights. trained: of what is trained, and of what follows it.
+        lora: adapters on a frozen base; None trains all weights.
+        autocast: dtype of matrix products; None leaves the weights' own.
+        checkpointing: recompute in the backward pass.
+        attention: diffusers' backend.
+        masked: an attention mask is given.
+        quantise: nf4, fp8, int8 or None.
+        cuda: as on a GPU.
+    """
+
+    base: torch.dtype
+    trained: torch.dtype
+    lora: LoRA | None = None
+    autocast: torch.dtype | None = torch.bfloat16
+    checkpointing: bool = False
+    attention: str | None = None
+    masked: bool = False
+    quantise: str | None = None
+    cuda: bool = True
+
+
+def velocity_curve(
+    config: Mapping[str, Any], calls: Sequence[Call], shape: Shape, setting: Setting
+) -> Curve:
+    """Bytes over forwards of a Flux2Transformer2DModel of this config, made in order, and over the
+    backward pass through those with gradients."""
+    depth = {"double": int(config["num_layers"]), "single": int(config["num_single_layers"])}
+    few = {
+        **config,
+        "num_layers": min(depth["double"], FEW),
+        "num_single_layers": min(depth["single"], FEW),
+    }
+    owners = {_place(c.owner, setting) for c in calls}
+    networks = {owner: _network(few, owner, setting) for owner in owners}
+    with fake(setting.cuda) as tracker:
+        roles = {}
+        for owner, network in networks.items():
+            emptied(network)
+            adapter = _ROLE if setting.lora is not None else None
+            role = VelocityRole(network, adapters.Switch(network), adapter, setting.autocast)
+            plain = VelocityRole(network, adapters.Switch(network), None, setting.autocast)
+            roles |= {(owner, True): role, (owner, False): plain}
+            if setting.checkpointing and owner == "trained":
+                network.enable_gradient_checkpointing(role.checkpointed)  # pyright: ignore
+        samples = {c.rows: _sample(config, c.rows, shape, setting.masked) for c in calls}
+
+        def run() -> list[Tensor]:
+            outs = []
+            for call in calls:
+                role = roles[_place(call.owner, setting), call.owner != "frozen"]
+                with torch.set_grad_enabled(call.graded):
+                    outs.append(role(*samples[call.rows]))
+            return outs
+
+        inputs = [t for sample in samples.values() for t in _tensors(sample)]
+        blocks: dict[str, list[Sequence[nn.Module]]] = {"double": [], "single": []}
+        for network in networks.values():
+            blocks["double"].append(list(network.transformer_blocks))  # pyright: ignore
+            blocks["single"].append(list(network.single_transformer_blocks))  # pyright: ignore
+        return follow(Pass(list(networks.values()), run, inputs, blocks), tracker, depth)
+
+
+def _place(owner: str, setting: Setting) -> str:
+    """With LoRA, one network has all roles."""
+    return "trained" if setting.lora is not None else owner
+
+
+def _network(config: Mapping[str, Any], owner: str, setting: Setting) -> nn.Module:
+    full = setting.lora is None
+    with torch.device("meta"):
+        network = build("transformer", config)
+    for p in network.parameters():
+        p.data = p.data.to(setting.trained if full and owner != "frozen" else setting.base)
+        p.requires_grad_(full and owner == "trained")
+    attention.install(network, setting.attention)
+    if setting.quantise is not None:
+        _pack(network)
+    if setting.lora is not None:
+        adapters.add(network, setting.lora, _ROLE)
+        for p in adapters.parameters(network, _ROLE).values():
+            p.data = p.data.to(setting.trained)
+            p.requires_grad_(True)
+    return network
+
+
+def _pack(network: nn.Module) -> None:
+    """Quantised layers: what they compute with, and for how long, is alike in all formats."""
+    for path, layer in list(quantise.layers(network)):
+        parent, _, child = path.rpartition(".")
+        packed = torch.empty(layer.weight.shape, dtype=torch.int8, device="meta")
+        scale = torch.empty(layer.weight.shape[0], 1, device="meta")
+        setattr(network.get_submodule(parent), child, quantise.Packed(packed, scale, None))
+
+
+def _sample(
+    config: Mapping[str, Any], rows: int, shape: Shape, masked: bool
+) -> tuple[Tensor, Tensor, Condition]:
+    """x, t and condition of a forward."""
+    n, s, m = shape.tokens, shape.text, shape.references * shape.tokens
+    channels = int(config["in_channels"])
+
+    def ids(length: int) -> Tensor:
+        return torch.zeros(rows, length, 4, dtype=torch.int64)
+
+    cond = Condition(
+        text=torch.empty(rows, s, int(config["joint_attention_dim"])),
+        text_ids=ids(s),
+        ids=ids(n),
+        ref=torch.empty(rows, m, channels) if m else None,
+        ref_ids=ids(m) if m else None,
+        mask=torch.ones(rows, s + n + m, dtype=torch.bool) if masked else None,
+        guidance=torch.empty(rows) if config.get("guidance_embeds", True) else None,
+    )
+    return torch.empty(rows, n, channels), torch.empty(rows), cond
+
+
+def _tensors(sample: tuple[Tensor, Tensor, Condition]) -> list[Tensor]:
+    x, t, cond = sample
+    return [x, t, *(v for v in vars(cond).values() if isinstance(v, Tensor))]
+
+
+def _meta(config: Mapping[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return build("vae", config).requires_grad_(False).eval()
+
+
+def codec_curve(
+    config: Mapping[str, Any], rows: int, shape: Shape, autocast: torch.dtype | None, decode: bool,
+    cuda: bool = True, dtype: torch.dtype = torch.float32,
+) -> Curve:  # fmt: skip
+    """Bytes over encoding or decoding so many images at once, without gradients."""
+    vae = _meta(config).to(dtype)
+    with fake(cuda) as tracker:
+        codec = LatentCodec(emptied(vae), autocast)
+        tokens = torch.empty(rows, shape.tokens, codec.mean.numel())
+        images = torch.empty(rows, 3, shape.height, shape.width, dtype=torch.uint8)
+        one = Pass(
+            [vae],
+            lambda: [codec.decode(tokens, shape.grid) if decode else codec.encode(images)],
+            [tokens, images, codec.mean, codec.std],
+        )
+        return follow(one, tracker, {})
+
+
+def autoencoder_curve(
+    config: Mapping[str, Any], rows: int, shape: Shape, autocast: torch.dtype | None,
+    cuda: bool = True,
+) -> Curve:  # fmt: skip
+    """Bytes over training an autoencoder on so many images."""
+    vae = _meta(config).requires_grad_(True)
+    with fake(cuda) as tracker:
+        role = AutoencoderRole(emptied(vae), autocast)
+        images = torch.empty(rows, 3, shape.height, shape.width)
+
+        def run() -> list[Tensor]:
+            return list(role.reconstruct(images, lambda size: torch.empty(rows, *size)))
+
+        return follow(Pass([vae], run, [images]), tracker, {})
+
+
+def text_curve(
+    encoder: nn.Module, layers: Sequence[int], rows: int, length: int, cuda: bool = True
+) -> Curve:
+    """Bytes over encoding so many prompts at once. encoder: on the meta device; it is emptied."""
+    from flux2.text import language_model
+
+    with fake(cuda) as tracker:
+        model = language_model(emptied(encoder.eval()))
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+
+        def run() -> list[Tensor]:
+            with torch.no_grad():
+                out = model(
+                    input_ids=ids, attention_mask=ids, output_hidden_states=True, use_cache=False
+                )
+                return [torch.stack([out.hidden_states[k] for k in layers], 1)]
+
+        return follow(Pass([encoder], run, [ids]), tracker, {})

@@ -1,0 +1,161 @@
+"""Which forwards a method makes, found by letting it take one step on stand-ins.
+
+A method speaks to roles, a batch and a score, and nothing else. Here the roles are functions that
+note that they were called, the samples have four tokens, and the rewards are numbers: the step
+takes milliseconds, and no method needs to be described a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux2.passes import Call
+from flux2.rng import Rng
+from flux2.types import Batch, Condition, Method, RoleSpec, Scores
+
+_GRID, _CHANNELS, _TEXT = (2, 2), 8, 3
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one step asks for.
+
+    Attributes:
+        collected: forwards of `collect`, the distinct ones.
+        decoded: samples that are decoded and scored at once; 0 where nothing is.
+        turns: role → the forwards of one micro-batch's loss (its largest), in order.
+        micros: role → micro-batches of an update.
+        autoencoder: role → images of a micro-batch, for roles that are autoencoders.
+    """
+
+    collected: tuple[Call, ...]
+    decoded: int
+    turns: Mapping[str, tuple[Call, ...]]
+    micros: Mapping[str, int]
+    autoencoder: Mapping[str, int]
+
+
+class _Role:
+    """A velocity, or an autoencoder, that notes its calls."""
+
+    def __init__(self, spec: RoleSpec, note: Callable[[int, bool], None]) -> None:
+        self.scale = torch.ones((), requires_grad=spec.trainable)
+        self._note = note
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """x: b n c → b n c."""
+        self._note(len(x), torch.is_grad_enabled() and self.scale.requires_grad)
+        return 0.1 * self.scale * x
+
+    def reconstruct(self, images: Tensor, noise: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """images: b 3 h w → reconstruction, mean, log-variance."""
+        self._note(len(images), torch.is_grad_enabled() and self.scale.requires_grad)
+        latent = self.scale * torch.zeros(len(images), 4, 2, 2)
+        return self.scale * images, latent, latent
+
+
+def rehearse(
+    make: Callable[..., Method],
+    rows: int,
+    *,
+    scored: bool,
+    latents: bool,
+    images: bool,
+    unconditional: bool,
+    guidance: bool,
+    references: bool,
+) -> Rehearsal:
+    """One step of a method on a batch of `rows`.
+
+    Args:
+        make: score=… (where `scored`) → the method.
+        latents, images, unconditional: what data.collate makes.
+        guidance: the model takes an embedded guidance strength.
+        references: the batch has reference images.
+    """
+    calls: list[tuple[str, int, bool]] = []
+    decoded = [0]
+
+    def score(x: Tensor, batch: Batch) -> Callable[[], Scores]:
+        decoded[0] = max(decoded[0], len(x))
+        # Spread within each group: else nothing is trained.
+        return lambda: {"reward": (batch.ids % 7).float() / 7}
+
+    method = make(**({"score": score} if scored else {}))
+    specs = method.roles
+
+    def noter(name: str) -> Callable[[int, bool], None]:
+        return lambda count, graded: calls.append((name, count, graded))
+
+    roles = {name: _Role(spec, noter(name)) for name, spec in specs.items()}
+    batch = _batch(rows, latents, images, unconditional, guidance, references)
+    rng = Rng(0, 0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        update = next(iter(method.collect(roles, batch, rng)))
+        collected = _calls(calls, specs)
+        turns: dict[str, tuple[Call, ...]] = {}
+        largest = max(update, key=len)
+        for turn in method.turns:
+            calls.clear()
+            for name, role in roles.items():
+                role.scale.requires_grad_(name == turn.role)
+            turn.loss(roles, largest, rng)
+            turns[turn.role] = _calls(calls, specs)
+    kinds = {name for name, spec in specs.items() if spec.kind == "autoencoder"}
+    return Rehearsal(
+        tuple(dict.fromkeys(collected)),
+        decoded[0],
+        {name: c for name, c in turns.items() if name not in kinds},
+        {name: len(update) for name in turns},
+        {name: max((c.rows for c in turns.get(name, ())), default=0) for name in kinds},
+    )
+
+
+def _calls(calls: list[tuple[str, int, bool]], specs: Mapping[str, RoleSpec]) -> tuple[Call, ...]:
+    return tuple(Call(rows, graded, _owner(specs[name])) for name, rows, graded in calls)
+
+
+def _owner(spec: RoleSpec) -> str:
+    if spec.trainable:
+        return "trained"
+    return "frozen" if spec.follows is None else "follower"
+
+
+def _batch(
+    rows: int, latents: bool, images: bool, unconditional: bool, guidance: bool, references: bool
+) -> Batch:
+    n, g = _GRID[0] * _GRID[1], torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> Tensor:
+        return torch.zeros(rows, length, 4, dtype=torch.int64)
+
+    cond = Condition(
+        text=torch.zeros(rows, _TEXT, 4),
+        text_ids=ids(_TEXT),
+        ids=ids(n),
+        ref=torch.zeros(rows, n, _CHANNELS) if references else None,
+        ref_ids=ids(n) if references else None,
+        guidance=torch.ones(rows) if guidance else None,
+    )
+    if unconditional:
+        cond = Condition(**{**vars(cond), "null": cond})
+    pixels = torch.zeros(rows, 3, 32, 32, dtype=torch.uint8)
+    return Batch(
+        ids=torch.arange(rows),
+        prompts=("",) * rows,
+        cond=cond,
+        groups=torch.arange(rows),
+        meta=({},) * rows,
+        grid=_GRID,
+        channels=_CHANNELS,
+        x0=torch.randn(rows, n, _CHANNELS, generator=g) if latents else None,
+        images=pixels if images else None,
+        weight=torch.full((rows,), 1 / rows),
+    )

@@ -1,0 +1,179 @@
+"""Trains small cases and writes their metrics: what tests/flux2/test_zero.py runs on one process
+and on two ranks, and compares.
+
+    torchrun --nproc-per-node 2 ranks_job.py MODEL.yaml ENGINE:CASE:STEPS:FOLDER …
+
+A case that finds a checkpoint in its folder goes on from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from flux2 import distributed
+from flux2.adapters import LoRA
+from flux2.checkpoint import latest_checkpoint, load_checkpoint, write_checkpoint
+from flux2.data.loader import Collator, Loader
+from flux2.data.signs import SignWorld
+from flux2.engine import Engine
+from flux2.log import Log
+from flux2.loop import fit
+from flux2.model import Flux2, load_model
+from flux2.optim import LearningRate, TurnAdamW
+from flux2.roles import Roles
+from flux2.types import Batch, RoleSpec, Turn
+from flux2.zero import Sharded, Zero
+from posttrain._common import FirstSteps
+from posttrain.grpo import GRPO
+from posttrain.sft import FlowMatching
+
+LOGGER = OmegaConf.create(
+    {"wandb": "off", "project": "x", "entity": None, "group": None, "tags": [], "show": [],
+     "interval": 1e9}
+)  # fmt: skip
+
+
+def smooth(x: Tensor, batch: Batch):
+    """A reward without jumps; some samples have none, and the groups of some prompts no spread."""
+    reward = torch.tanh(x.mean((1, 2)) * 20)
+    reward = torch.where(batch.groups % 4 == 1, torch.ones_like(reward), reward)
+    reward = torch.where(batch.ids % 7 == 3, torch.full_like(reward, torch.nan), reward)
+    return lambda: {"reward": reward.cpu()}
+
+
+class TwoTurns:
+    """A student that follows the data through a second trained role, which has turns of its own."""
+
+    roles = {
+        "student": RoleSpec(trainable=True),
+        "fake": RoleSpec(trainable=True),
+        "ema": RoleSpec(follows="student", decay=0.5),
+        "teacher": RoleSpec(),
+    }
+
+    def __init__(self) -> None:
+        self.turns = (Turn("fake", self.fake, every=2), Turn("student", self.student))
+
+    def collect(self, roles, batch, rng):
+        weight = (batch.ids % 4 != 3).float()  # uneven: a rank may have more than the other
+        yield replace(batch, weight=weight).split(1)
+
+    def student(self, roles, batch, rng):
+        return self._loss(roles["student"], roles["fake"], batch, rng)
+
+    def fake(self, roles, batch, rng):
+        return self._loss(roles["fake"], roles["teacher"], batch, rng)
+
+    def _loss(self, role, other, batch, rng):
+        x, t = rng("noise", batch.ids, batch.shape), rng.uniform("time", batch.ids)
+        v = role(x, t, batch.cond)
+        gap = v - 0.5 * other(x, t, batch.cond) - batch.x0  # through the other role, and it calls
+        loss = (batch.weight * gap.square().mean((1, 2))).sum()
+        return loss, {"gap": gap.square().mean()}
+
+    def metrics(self):
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def sft():
+    return FlowMatching(micro=2, ema=0.9)
+
+
+def grpo():
+    return GRPO(smooth, group=4, steps=3, guidance=1.5, clip=0.05, kl=0.1, chunk=4, updates=2,
+                window=FirstSteps(2))  # fmt: skip
+
+
+CASES = {  # method, LoRA, activation checkpointing
+    "sft-full": (sft, False, False),
+    "sft-lora": (sft, True, True),
+    "grpo-full": (grpo, False, True),
+    "grpo-lora": (grpo, True, False),
+    "turns-full": (TwoTurns, False, False),
+    "turns-lora": (TwoTurns, True, True),
+}
+
+
+def make(kind: str, roles: Roles) -> Engine:
+    named = {n: roles.parameters(n) for n in roles.trainable}
+    optimizer = TurnAdamW(named, lr=3e-3, weight_decay=0.1)
+    rate = LearningRate(warmup=2)
+    if kind in ("none", "ddp"):
+        return Engine(roles, optimizer, rate, clip=0.1)
+    stage, _, offload = kind.removeprefix("zero").partition("-")
+    zero = Zero(int(stage), "fp32", bool(offload), bool(offload) and stage == "3", bucket=5000)
+    return Sharded(roles, optimizer, rate, 0.1, zero, torch.device("cpu"))
+
+
+def still(engine: Engine) -> None:
+    """Notes how far the turns moved the roles that were idle: it must be 0."""
+    update = engine._update
+
+    def watched(role: str):
+        idle = [n for n in engine.roles.trainable if n != role]
+        before = {k: v.clone() for k, v in engine.tensors()}
+        done = update(role)
+        moved = [
+            float((v - before[k]).abs().max())
+            for k, v in engine.tensors()
+            if any(k.startswith((f"{n}/", f"optimizer/{n}/")) for n in idle)
+        ]
+        engine._note(f"{role}/idle_moved", max(moved, default=0.0))
+        return done
+
+    engine._update = watched
+
+
+def run(model: Flux2, kind: str, case: str, folder: Path, steps: int) -> None:
+    build, lora, checkpointing = CASES[case]
+    torch.manual_seed(0)
+    model = copy.deepcopy(model)
+    method = build()
+    roles = Roles(method.roles, model, LoRA(3) if lora else None, None, checkpointing, seed=5)
+    engine = make(kind, roles)
+    if case.startswith("turns"):
+        still(engine)
+    world = SignWorld("train", length=12, tasks={"t2i": 0.5, "recolour": 0.5})
+    rollout = case.startswith("grpo")
+    collate = Collator(model, latents=not rollout, unconditional=rollout)
+    data = Loader(world, collate, 4, seed=4, caption_dropout=0.3)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = latest_checkpoint(folder / "checkpoints")
+    if found is not None:
+        checkpoint = load_checkpoint(found)
+        engine.load(checkpoint.state["engine"], checkpoint.tensors)
+        method.load_state_dict(checkpoint.state["method"])
+
+    def save(step: int) -> None:
+        state = {"engine": engine.state_dict(), "method": method.state_dict()}
+        write_checkpoint(folder / "checkpoints", step, engine.own_tensors(), state, {})
+
+    with Log(folder, LOGGER, steps, engine.step) as log:
+        fit(engine, method, data, log, steps=steps, seed=3, save=save, save_every=0)
+
+
+def main(model: str, *jobs: str) -> None:
+    torch.set_num_threads(1)
+    distributed.start(torch.device("cpu"))
+    loaded = load_model(OmegaConf.load(model), torch.device("cpu"))
+    for job in jobs:
+        kind, case, steps, folder = job.split(":", 3)
+        run(loaded, kind, case, Path(folder), int(steps))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
