@@ -41,6 +41,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from flux2 import distributed, launch
 from flux2.errors import InputError
+from flux2.files import disk_fault
 from flux2.ranks import attend, create, started_by_launcher, undisturbed, without_local_rank
 from flux2.runs import Interrupted
 
@@ -64,9 +65,8 @@ def job(cfg: DictConfig) -> dict[str, Any]:
 
         torch.set_num_threads(cfg.launch.threads)
     if distributed.launched():
-        from flux2.engine import pick_device
 
-        distributed.start(pick_device(OmegaConf.select(cfg, "engine.device") or "auto"))
+        distributed.start(distributed.pick_device(OmegaConf.select(cfg, "engine.device") or "auto"))
     run = create(cfg)
 
     def finish(status: str, summary: dict[str, Any] | None = None) -> None:
@@ -281,6 +281,8 @@ def _ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, Interrupted):
         return 128 + int(error.signum), "\n".join(getattr(error, "__notes__", ()))
     text = _explain(error, arguments) if isinstance(error, Exception) else None
+    if text is None and (fault := disk_fault(error)) is not None:
+        return FAILED, f"error: {fault}"
     if text is None:
         return FAILED, "".join(traceback.format_exception(error)).rstrip()
     return WRONG, f"error: {_line(text)}"

@@ -31,7 +31,8 @@ def rank_main(kind: str, width: int) -> None:
     from omegaconf import OmegaConf
 
     from flux2 import distributed
-    from flux2.engine import Engine, pick_device
+    from flux2.distributed import pick_device
+    from flux2.engine import Engine
     from flux2.model import load_model
     from flux2.optim import LearningRate, TurnAdamW
     from flux2.rng import Rng

@@ -8,6 +8,7 @@ autoencoder's round trip: no generator can be expected to beat it.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from flux2 import distributed
 from flux2.data.loader import Collator
 from flux2.data.record import Dataset, Record
 from flux2.errors import InputError
+from flux2.files import write_bytes
 from flux2.generate import Sampler, buckets, sample_together
 from flux2.log import Log, grid
 from flux2.model import Flux2
@@ -151,8 +153,9 @@ class HeldOut:
         if distributed.is_main():
             self._read(step)
         self._measured = set(distributed.broadcast(list(self._history)))
-        if 0 not in self._measured:
-            self._measure(0)
+        due = step if self.every and step % self.every == 0 else 0  # an interrupt came before it
+        for at in sorted({0, due} - self._measured):
+            self._measure(at)
 
     def _read(self, step: int) -> None:
         """What was measured up to `step`."""
@@ -182,9 +185,10 @@ class HeldOut:
         if not distributed.is_main():
             return {}
         # Beside their place first, and the records last: they say that the pictures are there.
-        path, temporary = self._folder / f"step_{step:06d}", self._folder / ".unfinished"
-        torch.save({"images": shot.images, "prompts": list(shot.prompts)}, temporary)
-        temporary.replace(path.with_suffix(".pt"))
+        path, temporary = self._folder / f"step_{step:06d}", self._folder / "unfinished"
+        pictures = io.BytesIO()
+        torch.save({"images": shot.images, "prompts": list(shot.prompts)}, pictures)
+        write_bytes(path.with_suffix(".pt"), pictures.getvalue())
         shot.results.save(temporary)
         temporary.replace(path.with_suffix(".jsonl"))
         self._history[step] = shot
@@ -288,12 +292,16 @@ def _mean(scores: Sequence[Score], name: str) -> float:
 def evaluate(cfg: Any) -> dict[str, Any]:
     """stage=eval: a model's or a run's scores on held-out prompts, with ceilings and pictures."""
     from flux2.adapters import Switch
-    from flux2.engine import pick_device
+    from flux2.distributed import pick_device
+    from flux2.lineage import ROLES, check_lineage, resolve_init
     from flux2.model import AUTOCAST, check_model, load_initial
     from flux2.roles import VelocityRole
+    from flux2.runs import Run
     from flux2.train import build
 
     check_model(cfg.model)
+    init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
+    check_lineage(cfg, init, ROLES)
     held: HeldOut = build(cfg.evaluation)
     run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)
     try:

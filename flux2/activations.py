@@ -5,8 +5,8 @@ operation makes is followed from its birth to its death. FLUX.2's blocks are ali
 each kind are run, and the middle one's storages are repeated for the blocks left out: the result is
 that of the whole depth, and does not depend on it in time.
 
-On a GPU, autocast also lifts layer and RMS norms to fp32, which a CPU's does not; `cuda=True` does
-so too. What a kernel uses inside itself is not seen, save for flash attention's fp32 sum of dq.
+On a GPU, autocast also lifts norms to fp32, which a CPU's does not; `cuda=True` does so too. What a
+kernel uses inside itself is not seen, save for flash attention's fp32 sum of dq.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is _DEVICE:  # asked for more often than all else together
+            return args[0].fake_device
         if self._next is not None:
             self.mark(self._next)
         self._tick += 1
@@ -189,12 +191,19 @@ class Tracker(TorchDispatchMode):
         return position, number if forward else -number, tick
 
 
+_DEVICE = torch.ops.prim.device.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def _last(number: int, deep: int) -> int:
     """A block's number at full depth."""
     return deep - 1 if number == FEW - 1 and deep > FEW else number
+
+
+_NORMS = (
+    torch.layer_norm, torch.rms_norm, nn.functional.layer_norm, nn.functional.rms_norm,
+    torch.group_norm, nn.functional.group_norm,
+)  # fmt: skip
 
 
 class _LiftNorms(TorchFunctionMode):
@@ -204,7 +213,7 @@ class _LiftNorms(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.layer_norm, torch.rms_norm) and torch.is_autocast_enabled("cpu"):
+        if func in _NORMS and torch.is_autocast_enabled("cpu"):
             args = [a.float() if isinstance(a, Tensor) else a for a in args]
             kwargs = {k: a.float() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
         return func(*args, **kwargs)

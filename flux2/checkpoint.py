@@ -53,7 +53,7 @@ _STEP = re.compile(r"step_(\d{6,})|\.step_(\d{6,})\.replaced")
 
 def on_main(function: Callable[[], T]) -> T:
     """function() on rank 0 alone; its value, or what it raised, on every rank. Collective."""
-    if not distributed._group():
+    if not distributed.connected():
         return function()
     value, fault = None, None
     if distributed.is_main():
@@ -237,7 +237,7 @@ def write_checkpoint(
 
     on_main(lambda: _explained(begin, final))
     share = write_share(temporary, distributed.rank(), tensors, max_bytes)
-    if share.fault is not None and distributed._group():
+    if share.fault is not None and distributed.connected():
         share.fault = _portable(share.fault)
     shares = distributed.gather_objects(share)
 
@@ -399,21 +399,3 @@ def _by_score(found: list[tuple[int, Path]]) -> list[Path]:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-# ---------------------------------------------------------------- moved to flux2.runs, flux2.files
-
-_MOVED = {
-    **dict.fromkeys(("Run", "Interrupt", "Interrupted", "resolve_resume"), "flux2.runs"),
-    **dict.fromkeys(("Init", "resolve_init"), "flux2.lineage"),
-    **dict.fromkeys(("write_text", "write_bytes"), "flux2.files"),
-    "read_safetensors": "flux2.shards",
-}
-
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name in _MOVED:
-        return getattr(import_module(_MOVED[name]), name)
-    raise AttributeError(name)

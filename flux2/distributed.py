@@ -7,14 +7,19 @@ answer wrong input before the seconds that this takes.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from flux2.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 T = TypeVar("T")
+_apart = False
 TIMEOUT = timedelta(minutes=60)
 """How long a rank waits for another: rewards and checkpoints of big models take minutes."""
 
@@ -24,12 +29,49 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _group() -> bool:
+def pick_device(name: str) -> torch.device:
+    """This rank's device; "auto" takes CUDA where there is one. Raises InputError for a device that
+    is not there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise InputError(f"engine.device is {name}, and torch sees no CUDA device: use auto or cpu")
+    if ":" in name or not launched():
+        return torch.device(name)
+    count, mine = torch.cuda.device_count(), local_rank()
+    if mine >= count:
+        raise InputError(
+            f"this machine has {count} GPUs and rank {mine} of it needs one: "
+            f"set launch.processes={count}"
+        )
+    return torch.device("cuda", mine)
+
+
+def connected() -> bool:
+    """Whether this process has joined a group."""
     import sys
 
+    if _apart:
+        return False
     # Without torch.distributed imported there is no group, and no need of seconds to ask.
     module = sys.modules.get("torch.distributed")
     return module is not None and module.is_available() and module.is_initialized()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this rank speaks to no other, and every function is the identity: for what one rank
+    computes alone, with code that would gather."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def start(device: torch.device) -> None:
@@ -37,7 +79,7 @@ def start(device: torch.device) -> None:
     where the group is there already."""
     import torch
 
-    if not launched() or _group():
+    if not launched() or connected():
         return
     torch.distributed.init_process_group(_backend(device), timeout=TIMEOUT)
 
@@ -47,7 +89,7 @@ def alone(device: torch.device) -> None:
     is a group."""
     import torch
 
-    if not _group():
+    if not connected():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(_backend(device), store=store, rank=0, world_size=1)
 
@@ -65,13 +107,13 @@ def stop() -> None:
     """Leaves the group."""
     import torch
 
-    if _group():
+    if connected():
         torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
     """This process's place, from 0. Before `start` it is the environment's."""
-    if _group():
+    if connected():
         import torch
 
         return torch.distributed.get_rank()
@@ -85,7 +127,7 @@ def local_rank() -> int:
 
 def size() -> int:
     """The number of ranks. Before `start` it is the environment's."""
-    if _group():
+    if connected():
         import torch
 
         return torch.distributed.get_world_size()
@@ -104,7 +146,7 @@ def barrier() -> None:
 
 def broadcast(value: T) -> T:
     """Rank 0's value, on every rank (pickled)."""
-    if not _group():
+    if not connected():
         return value
     import torch
 
@@ -115,7 +157,7 @@ def broadcast(value: T) -> T:
 
 def gather_objects(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank (pickled)."""
-    if not _group():
+    if not connected():
         return [value]
     import torch
 
@@ -127,7 +169,7 @@ def gather_objects(value: T) -> list[T]:
 def gather(tensor: Tensor) -> Tensor:
     """Every rank's rows joined in rank order, on every rank; ranks may have unequal numbers of
     rows. On the tensor's device."""
-    if not _group():
+    if not connected():
         return tensor
     import torch
 
@@ -145,7 +187,7 @@ def sum_gradients(parameters: list[Any]) -> None:
 
     A parameter without a gradient counts as zero, and gets one where another rank has one.
     """
-    if not _group():
+    if not connected():
         return
     import torch
 

@@ -20,30 +20,9 @@ import torch
 from torch import Tensor
 
 from flux2 import distributed
-from flux2.errors import InputError
 from flux2.optim import LearningRate, TurnOptimizer, global_norm
 from flux2.roles import Roles
 from flux2.types import Batch
-
-
-def pick_device(name: str) -> torch.device:
-    """This rank's device; "auto" takes CUDA where there is one. Raises InputError for a device that
-    is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not name.startswith("cuda"):
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise InputError(f"engine.device is {name}, and torch sees no CUDA device: use auto or cpu")
-    if ":" in name or not distributed.launched():
-        return torch.device(name)
-    count, mine = torch.cuda.device_count(), distributed.local_rank()
-    if mine >= count:
-        raise InputError(
-            f"this machine has {count} GPUs and rank {mine} of it needs one: "
-            f"set launch.processes={count}"
-        )
-    return torch.device("cuda", mine)
 
 
 def share(update: Sequence[Batch]) -> list[Batch]:

@@ -241,7 +241,7 @@ def gathered(roles: Roles, name: str) -> tuple[dict[str, Tensor], Adapter | None
     for key, tensor in roles.tensors():
         if main and key.startswith(f"{name}/"):
             own[key.removeprefix(f"{name}/")] = _kept(tensor, storage)
-    if own and mine.adapter is None:
+    if roles.parameters(name) and mine.adapter is None:  # on every rank alike
         return own, None
     if isinstance(storage, Local):
         weights, _ = tensors_of(mine.backbone, None)

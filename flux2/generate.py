@@ -102,15 +102,19 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     from flux2.adapters import Switch
     from flux2.data.loader import Collator
     from flux2.data.record import Record
-    from flux2.engine import pick_device
+    from flux2.distributed import pick_device
+    from flux2.lineage import ROLES, check_lineage, resolve_init, schedule_hash
     from flux2.log import grid as picture
     from flux2.model import AUTOCAST, check_model, load_initial
     from flux2.roles import VelocityRole
+    from flux2.runs import Run
     from flux2.train import build
 
     if cfg.count < 1:
         raise InputError(f"count is {cfg.count}: it must be at least 1")
     check_model(cfg.model)
+    init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
+    check_lineage(cfg, init, ROLES)
     sampler: Sampler = build(cfg.sampler)
     run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)
     if cfg.prompts:
@@ -125,7 +129,7 @@ def sample(cfg: Any) -> Mapping[str, Any]:
         model.transformer, Switch(model.transformer), None, AUTOCAST[cfg.engine.autocast]
     )
     collate = Collator(model, latents=False, unconditional=sampler.guidance != 1)
-    images, captions, notes, schedule = [], [], [], ""
+    images, captions, notes = [], [], []
     for group in buckets(records):
         rows = [r for r in group for _ in range(cfg.count)]
         ids = torch.tensor([r.id * cfg.count + k for r in group for k in range(cfg.count)])
@@ -141,7 +145,6 @@ def sample(cfg: Any) -> Mapping[str, Any]:
             notes.append({"file": name, "prompt": row.prompt, "seed": cfg.seed, "id": ident})
         images.append(pixels)
         captions += [r.prompt for r in rows]
-        schedule = sampler.grid(batch.shape[0]).hash
     if not distributed.is_main():
         return {}
     lines = "".join(json.dumps(n) + "\n" for n in notes)
@@ -150,7 +153,7 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     if len({i.shape[1:] for i in images}) == 1:
         picture(torch.cat(images)[:64], captions[:64], None).save(path)
         print(f"{len(notes)} images in {path.parent}, together in {path}")
-    run.update(model_role=cfg.model.role, schedule_hash=schedule)
+    run.update(schedule_hash=schedule_hash(sampler.schedule))
     return {"stage": "sample", "images": len(notes), "folder": str(path.parent)}
 
 

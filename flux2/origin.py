@@ -14,7 +14,7 @@ from torch import Tensor
 from flux2 import adapters
 from flux2.adapters import LoRA
 from flux2.checkpoint import load_checkpoint
-from flux2.engine import pick_device
+from flux2.distributed import pick_device
 from flux2.errors import InputError
 from flux2.export import (
     FORMATS,

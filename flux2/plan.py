@@ -1,425 +1,244 @@
-"""What a run will take of GPU and host memory, before it starts: stage=plan, and a line at a start.
+"""stage=plan: which engine fits which GPUs, predicted without weights; and a line at each start.
 
-    peak = what stays (weights, masters, optimizer states, encoders, buckets)
-         + the largest of: a micro-batch's pass, the update, sampling, decoding, encoding
+    python run.py stage=plan plan=grpo model=klein-4b-base adapter=lora plan.gpus=8
 
-What stays is counted on the meta device; passes are run without data (flux2.activations) for the
-forwards that the method itself makes (flux2.rehearsal). Nothing is measured here and nothing is
-guessed, save for the constants below. docs/memory.md has the measurements.
+`plan=` takes any stage that trains, and every key of that stage may be set. Nothing is measured,
+and nothing is read but configuration: see flux2.footprint.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import nn
 
-from flux2 import adapters, distributed, quantise
-from flux2.adapters import LoRA
+from flux2 import distributed
 from flux2.errors import InputError
-from flux2.model import AUTOCAST, DTYPES, meta_parts
-from flux2.optim8 import state_bytes
-from flux2.passes import (
-    Call,
-    Setting,
-    Shape,
-    autoencoder_curve,
-    codec_curve,
-    text_curve,
-    velocity_curve,
-)
-from flux2.rehearsal import Rehearsal, rehearse
-from flux2.types import Method
+from flux2.files import write_json
+from flux2.footprint import Engine, Footprint, Prediction, engine_of
 
 GIB = 1 << 30
 OUTSIDE = 1.0
-"""GiB of a GPU that torch's allocator does not have: CUDA's context, kernels, NCCL."""
+"""GiB of a GPU that torch's allocator does not get: CUDA's context, kernels, NCCL."""
 FRAGMENTS = 0.04
 """Share of the rest that stays unusable between blocks."""
-LIBRARIES = 64 << 20
-"""cuBLAS's workspaces, which the allocator holds."""
-LIVE = 1_000_000_000
-"""Parameters that ZeRO-3 keeps gathered (flux2/zero.py)."""
-SUBGROUP = 1_000_000_000
-"""Parameters that ZeRO-3 steps at a time (DeepSpeed's sub_group_size)."""
-PROMPTS = 1 << 30
-"""Host memory of remembered prompts (flux2.text.TextEncoder)."""
-PROCESS = int(2.5 * GIB)
-"""Host memory of a process with its libraries, CUDA's included."""
+PLAIN = (Engine("none"), Engine("ddp"))
+ZERO = tuple(
+    Engine("deepspeed", stage, True, offload, offload and stage == 3)
+    for stage, offload in ((1, False), (2, False), (3, False), (2, True), (3, True))
+)
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How a run is spread.
+class Choice:
+    """A way to run, and what it takes."""
 
-    Attributes:
-        kind: none, ddp or deepspeed. stage: ZeRO's, 0 otherwise.
-        half: weights in bf16 with fp32 masters, as DeepSpeed's bf16 has them.
-        offload, offload_weights: what is in host memory.
-        bucket: elements reduced or gathered at a time.
-    """
-
-    kind: str
-    stage: int = 0
-    half: bool = False
-    offload: bool = False
-    offload_weights: bool = False
-    bucket: int = 50_000_000
+    engine: Engine
+    ranks: int
+    checkpointing: bool
+    found: Prediction
 
     @property
-    def name(self) -> str:
-        """As in engine=."""
-        if self.kind != "deepspeed":
-            return self.kind
-        return f"zero{self.stage}{'-offload' if self.offload else ''}"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes of one rank.
-
-    Attributes:
-        stays: parts that are there all the time.
-        passing: phases; the largest counts.
-        host: parts of host memory.
-    """
-
-    stays: Mapping[str, int]
-    passing: Mapping[str, int]
-    host: Mapping[str, int]
-
-    @property
-    def peak(self) -> int:
-        """GPU memory."""
-        return sum(self.stays.values()) + max(self.passing.values())
-
-    @property
-    def host_peak(self) -> int:
-        """Host memory."""
-        return sum(self.host.values())
-
-    @property
-    def phase(self) -> str:
-        """The one that needs most."""
-        return max(self.passing, key=lambda k: self.passing[k])
-
-
-class Plan:
-    """A configuration's memory, for any engine and number of ranks. cfg: of a training stage.
-
-    Args:
-        cuda: as on GPUs, or as on a CPU.
-        size: (height, width, references) of samples; None takes them from the data.
-
-    Raises:
-        InputError: not a training stage, or data whose sizes cannot be known.
-    """
-
-    def __init__(
-        self, cfg: Any, cuda: bool = True, size: tuple[int, int, int] | None = None
-    ) -> None:
-        if cfg.get("method") is None or cfg.get("optim") is None:
-            raise InputError("there is nothing to plan: choose a stage that trains, e.g. plan=sft")
-        quantise.check_use(cfg.model.get("quantise"), "none", cfg.get("adapter") is not None)
-        self.cfg, self.cuda = cfg, cuda
-        self.parts = meta_parts(cfg.model)
-        self.lora: LoRA | None = (
-            None if cfg.get("adapter") is None else instantiate(cfg.adapter, _convert_="all")
-        )
-        height, width, references = size if size is not None else _size(cfg)
-        vae: Any = self.parts["vae"].config
-        patch = 2 ** len(vae.block_out_channels)
-        self.shape = Shape(height, width, cfg.model.max_sequence_length, references, patch)
-        self.shapes = self._shapes()
-        specs = self._method().roles
-        self.trained = sum(s.trainable for s in specs.values())
-        self.followers = sum(s.follows is not None for s in specs.values())
-        self.frozen = any(not s.trainable and s.follows is None for s in specs.values())
-        self.velocity = all(s.kind == "velocity" for s in specs.values())
-        self._curve = functools.lru_cache(maxsize=None)(self._pass)
-
-    def _method(self, **given: Any) -> Method:
-        if self.cfg.get("reward") is not None and "score" not in given:
-            given["score"] = _unscored
-        return instantiate(self.cfg.method, _convert_="all", **given)
-
-    def _shapes(self) -> list[tuple[int, ...]]:
-        """Of what one trained role owns."""
-        network = self.parts["transformer"]
-        if self.lora is None:
-            trained = network if self._kind() == "velocity" else self.parts["vae"]
-            return [tuple(p.shape) for p in trained.parameters()]
-        out: list[tuple[int, ...]] = []
-        for path in adapters._matching(network, self.lora.targets):
-            layer: Any = network.get_submodule(path)
-            out += [(self.lora.rank, layer.in_features), (layer.out_features, self.lora.rank)]
-        return out
-
-    def _kind(self) -> str:
-        return next(iter(self._method().roles.values())).kind
-
-    @functools.cached_property
-    def base(self) -> int:
-        """Bytes of a frozen transformer."""
-        network, name = self.parts["transformer"], self.cfg.model.get("quantise")
-        total = sum(p.numel() * p.element_size() for p in network.parameters())
-        if name is None:
-            return total
-        for _, layer in quantise.layers(network):
-            weight = layer.weight
-            total -= weight.numel() * weight.element_size()
-            total += quantise.stored_bytes(name, (weight.shape[0], weight.shape[1]))
-        return total
-
-    @functools.cache  # noqa: B019 (a plan lives for one answer)
-    def rehearsal(self, rows: int) -> Rehearsal:
-        """The method's forwards on a rank's `rows` of the batch."""
-        collate = self.cfg.data.get("collate", {})
-        return rehearse(
-            self._method,
-            rows,
-            scored=self.cfg.get("reward") is not None,
-            latents=collate.get("latents", True),
-            images=collate.get("images", False),
-            unconditional=collate.get("unconditional", False),
-            guidance=bool(self.parts["transformer"].config.guidance_embeds),  # pyright: ignore
-            references=self.shape.references > 0,
-        )
-
-    # ------------------------------------------------------------ passes
-
-    def _pass(self, what: str, argument: Any, half: bool, checkpointing: bool) -> Any:
-        """A curve, by what it is of; the same one is asked for by many engines."""
-        cfg, vae = self.cfg, _config(self.parts["vae"])
-        matmul = AUTOCAST[cfg.model.vae_autocast]
-        if what == "text":
-            layers, length = cfg.model.text_layers, self.shape.text
-            encoder = meta_parts(cfg.model)["text_encoder"]
-            return text_curve(encoder, layers, argument, length, self.cuda)
-        if what in ("encode", "decode"):
-            decode = what == "decode"
-            return codec_curve(vae, argument, self.shape, matmul, decode, self.cuda)
-        autocast = AUTOCAST[cfg.engine.autocast]
-        if what == "autoencoder":
-            return autoencoder_curve(vae, argument, self.shape, autocast, self.cuda)
-        dtype = DTYPES[cfg.model.dtype]
-        setting = Setting(
-            base=dtype,
-            trained=dtype if half else torch.float32,
-            lora=self.lora,
-            autocast=autocast,
-            checkpointing=checkpointing,
-            attention=cfg.model.get("attention"),
-            masked=bool(cfg.model.get("mask_padding", False)),
-            quantise=cfg.model.get("quantise"),
-            cuda=self.cuda,
-        )
-        config = _config(self.parts["transformer"])
-        return velocity_curve(config, argument, self.shape, setting)
-
-    # ------------------------------------------------------------ the sum
-
-    def predict(self, engine: Engine, ranks: int, checkpointing: bool) -> Prediction:
-        """Bytes of each of `ranks` ranks."""
-        rows = -(-self.cfg.data.batch_size // ranks)
-        stays, host = self._stays(engine, ranks)
-        passing = self._passing(engine, ranks, rows, checkpointing)
-        return Prediction(stays, passing, host)
-
-    def _stays(self, engine: Engine, ranks: int) -> tuple[dict[str, int], dict[str, int]]:
-        one = sum(map(_product, self.shapes))
-        own = self.trained * one
-        wide = 2 if engine.half else 4
-        share = ranks if engine.stage == 3 else 1
-        frozen = self.base if self.velocity and (self.lora is not None or self.frozen) else 0
-        weights = frozen + wide * (self.trained + self.followers) * one
-        # A bf16 network that follows another is shown, and its fp32 average is kept beside it.
-        averages = 4 * self.followers * one if engine.half else 0
-        states = self._states(engine, ranks)
-        masters = 4 * own // ranks if engine.kind == "deepspeed" else 0
-        stays = {
-            "frozen base": frozen // share,
-            "trained weights": wide * self.trained * one // share,
-            "averages": (wide * self.followers * one + averages) // share,
-            "fp32 masters": masters,
-            "optimizer states": states,
-            "autoencoder": _bytes(self.parts["vae"]) if self.velocity else 0,
-            "text encoder": 0 if self._released() else _bytes(self.parts["text_encoder"]),
-            "libraries": LIBRARIES if self.cuda else 0,
-        }
-        host = {"process": PROCESS, "prompts": PROMPTS}
-        if engine.offload:
-            host["fp32 masters"], host["optimizer states"] = masters, states
-            host["gradients"] = 4 * own // ranks
-            stays["fp32 masters"] = stays["optimizer states"] = 0
-        if engine.offload_weights:
-            host["weights"] = weights // ranks
-            stays["frozen base"] = stays["trained weights"] = 0
-        if engine.stage in (2, 3):
-            stays["gradient shards"] = 0 if engine.offload else wide * own // ranks
-        if engine.stage:
-            stays["buckets"] = wide * engine.bucket * (1 if engine.stage < 3 else 2)
-        if engine.stage == 3:
-            network = _count(self.parts["transformer"])
-            stays["gathered weights"] = wide * min(network, LIVE + engine.bucket)
-        host["checkpoint"] = 4 * (self.trained + self.followers) * one + (states and 8 * own)
-        return stays, host
-
-    def _states(self, engine: Engine, ranks: int) -> int:
-        """Bytes of optimizer states."""
-        target = str(self.cfg.optim.optimizer._target_)
-        counts = [_product(s) for s in self.shapes]
-        if engine.kind == "deepspeed":
-            return 8 * self.trained * sum(counts) // ranks
-        if target.endswith("8bit"):
-            return self.trained * sum(map(state_bytes, counts))
-        if target.endswith("Muon"):
-            matrices = sum(c for c, s in zip(counts, self.shapes, strict=True) if len(s) > 1)
-            return self.trained * (8 * sum(counts) - 4 * matrices)
-        return 8 * self.trained * sum(counts)
-
-    def _released(self) -> bool:
-        return bool(self.cfg.data.get("release_encoder", False)) or not self.velocity
-
-    def _passing(
-        self, engine: Engine, ranks: int, rows: int, checkpointing: bool
-    ) -> dict[str, int]:
-        acts = self.rehearsal(rows)
-        one = sum(map(_product, self.shapes))
-        wide = 2 if engine.half else 4
-        # Sharded gradients leave as they come; the rest of them waits for the update.
-        kept = 0.0 if engine.stage in (2, 3) else 1.0
-        idle = wide * (self.trained - 1) * one if engine.stage == 1 else 0
-        phases = {"update": self._update(engine, ranks) + int(kept * wide * one) + idle}
-        for role, calls in acts.turns.items():
-            curve = self._curve("velocity", calls, engine.half, checkpointing)
-            held = int(kept * wide * one) if acts.micros[role] > 1 else 0
-            phases[f"pass of {role}"] = idle + curve.peak(kept, held)
-        for role, images in acts.autoencoder.items():
-            curve = self._curve("autoencoder", images, False, False)
-            held = 4 * one if acts.micros[role] > 1 else 0
-            phases[f"pass of {role}"] = curve.peak(1.0, held)
-        for call in acts.collected:
-            # A graded forward without a backward pass keeps its activations alike.
-            curve = self._curve("velocity", (call,), engine.half, checkpointing)
-            phases["sampling"] = max(phases.get("sampling", 0), max(curve.other))
-        if acts.decoded:
-            phases["decoding"] = self._codec("decode", min(64, acts.decoded))
-        collate = self.cfg.data.get("collate", {})
-        cached = self.cfg.data.get("cache") is not None
-        if collate.get("latents", True):
-            phases["encoding"] = self._codec("encode", 16 if cached else rows)
-        if collate.get("text", True) and not self._released():
-            phases["prompts"] = self._text(rows)
-        phases |= self._evaluation(engine, ranks, checkpointing)
-        return phases
-
-    def _update(self, engine: Engine, ranks: int) -> int:
-        """Bytes that an optimizer step makes for itself, besides gradients."""
-        counts = [_product(s) for s in self.shapes]
-        target = str(self.cfg.optim.optimizer._target_)
-        if engine.kind == "deepspeed":
-            # An fp32 copy of this rank's gradients, and AdamW's root of the second moments.
-            mine = self.trained * sum(counts) // ranks
-            return 0 if engine.offload else 8 * min(mine, SUBGROUP if engine.stage == 3 else mine)
-        if target.endswith("8bit"):
-            return 0 if self.cuda else 12 * max(counts)
-        if target.endswith("Muon"):
-            return 16 * max(counts)
-        if self.cuda and not self.cfg.optim.optimizer.get("fused", False):
-            return 4 * sum(counts)  # torch steps all tensors together: a root of each
-        return 8 * max(counts)
-
-    def _codec(self, what: str, rows: int) -> int:
-        return self._curve(what, rows, False, False).peak()
-
-    def _text(self, rows: int) -> int:
-        from flux2.text import AT_ONCE
-
-        at_once = max(1, min(64, AT_ONCE // self.shape.text))
-        return self._curve("text", min(rows + 1, at_once), False, False).peak()
-
-    def _evaluation(self, engine: Engine, ranks: int, checkpointing: bool) -> dict[str, int]:
-        cfg = self.cfg
-        if cfg.get("evaluation") is None or cfg.get("sampler") is None or not self.velocity:
-            return {}
-        samples = cfg.evaluation.prompts * cfg.evaluation.noises
-        rows = min(cfg.sampler.chunk, -(-samples // ranks))
-        call = Call(rows * (1 if cfg.sampler.guidance == 1 else 2), False)
-        curve = self._curve("velocity", (call,), engine.half, checkpointing)
-        decode = self._codec("decode", min(64, samples))
-        return {"evaluation": max(max(curve.other), decode)}
-
-
-def _unscored(*_: Any) -> Any:
-    raise RuntimeError("a method must not score before `collect`")
-
-
-def _product(shape: Sequence[int]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _config(module: Any) -> dict[str, Any]:
-    return dict(module.config)
-
-
-def _bytes(module: nn.Module) -> int:
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _size(cfg: Any) -> tuple[int, int, int]:
-    """(height, width, references) of the largest of the data's first records."""
-    missing = OmegaConf.missing_keys(cfg.data) if OmegaConf.is_config(cfg.data) else set()
-    if missing:
-        raise InputError(
-            f"data.{min(missing)} has no value, so that sizes are not known: give it, or "
-            "plan.height and plan.width"
-        )
-    dataset = instantiate(cfg.data.dataset, _convert_="all")
-    buckets = [dataset.bucket_of(i) for i in range(min(64, len(dataset)))]
-    height, width, _ = max(buckets, key=lambda b: b[0] * b[1])
-    return height, width, max(b[2] for b in buckets)
-
-
-def engine_of(engine: Any) -> Engine:
-    """conf/engine's choice."""
-    sharded = engine.get("kind", "none") == "deepspeed"
-    if not sharded:
-        return Engine(engine.get("kind", "none"))
-    return Engine(
-        "deepspeed", engine.stage, engine.precision == "bf16", engine.offload,
-        engine.offload_weights, engine.bucket,
-    )  # fmt: skip
+    def command(self) -> str:
+        """As on the command line."""
+        parts = [f"engine={self.engine.name}"]
+        if self.ranks > 1:
+            parts.append(f"launch.processes={self.ranks}")
+        if self.checkpointing:
+            parts.append("engine.checkpointing=true")
+        return " ".join(parts)
 
 
 def line(cfg: Any) -> str:
     """What a training run that is about to start will take, in one line; no weight is read."""
     cuda = torch.cuda.is_available() and not str(cfg.engine.device).startswith("cpu")
-    plan = Plan(cfg, cuda)
-    found = plan.predict(engine_of(cfg.engine), distributed.size(), cfg.engine.checkpointing)
-    stays = sum(found.stays.values())
+    found = Footprint(cfg, cuda, brief=True).predict(
+        engine_of(cfg.engine), distributed.size(), cfg.engine.checkpointing
+    )
+    stays, passes = sum(found.stays.values()) / GIB, found.passing[found.phase] / GIB
     text = (
-        f"memory: {found.peak / GIB:.2f} GiB a rank predicted ({stays / GIB:.2f} stay, "
-        f"{found.passing[found.phase] / GIB:.2f} in the {found.phase})"
+        f"memory: {found.peak / GIB:.2f} GiB a rank predicted, {stays:.2f} to stay and "
+        f"{passes:.2f} for the {found.phase}"
     )
     if not cuda:
         return text
     there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
-    short = "" if fits(found.peak, there) else ": too little; see stage=plan"
+    short = "" if fits(found, there) else ": too little; python run.py stage=plan tells more"
     return f"{text}; the GPU has {there:.1f}{short}"
 
 
-def fits(peak: int, memory: float) -> bool:
-    """Whether a GPU of `memory` GiB has room for a peak of so many bytes."""
-    return peak / GIB <= (memory - OUTSIDE) * (1 - FRAGMENTS)
+def fits(found: Prediction, memory: float) -> bool:
+    """Whether a GPU of `memory` GiB has room."""
+    return found.peak / GIB <= (memory - OUTSIDE) * (1 - FRAGMENTS)
+
+
+def plan(cfg: Any) -> dict[str, Any]:
+    """stage=plan: prints the tables, writes plan.json, returns the summary."""
+    asked = cfg.plan
+    if asked.gpus < 1 or asked.gpu_memory <= 0:
+        raise InputError("plan.gpus must be at least 1 and plan.gpu_memory above 0 GiB")
+    if asked.device not in ("cuda", "cpu"):
+        raise InputError(f"plan.device is {asked.device!r}: choose cuda or cpu")
+    footprint = Footprint(cfg, asked.device == "cuda", _asked_size(asked))
+    engine, checkpointing = engine_of(cfg.engine), bool(cfg.engine.checkpointing)
+    ranks = max(1, int(cfg.launch.get("processes", 1)) * int(cfg.launch.get("nodes", 1)))
+    found = footprint.predict(engine, ranks, checkpointing)
+    chosen = Choice(engine, ranks, checkpointing, found)
+    choices = list(_choices(footprint, asked.gpus))
+    best = recommend(choices, asked.gpus, asked.gpu_memory)
+    print("\n".join([
+        *_head(cfg, footprint), "", *_dict(chosen), "",
+        *_table(choices, asked.gpu_memory), "", advice(cfg, footprint, best, asked),
+    ]), flush=True)  # fmt: skip
+    out = _summary(cfg, footprint, chosen, choices, best, asked)
+    write_json(Path(cfg.run.dir) / "plan.json", out)
+    return out
+
+
+def _asked_size(asked: Any) -> tuple[int, int, int] | None:
+    """What plan.height, plan.width and plan.references say; None leaves the size to the data."""
+    given = [int(v) for v in (asked.height, asked.width) if v is not None]
+    if not given:
+        return None
+    height, width = given[0], given[-1]
+    if height % 16 or width % 16 or min(height, width) < 16:
+        raise InputError(f"plan.height={height} plan.width={width}: give multiples of 16")
+    return height, width, asked.references
+
+
+def _choices(footprint: Footprint, gpus: int) -> Iterator[Choice]:
+    """Every engine that can train this, on 1, 2, 4, … GPUs, without and with checkpointing."""
+    counts = sorted({*(1 << k for k in range(gpus.bit_length())), gpus})
+    counts = [n for n in counts if n <= gpus and n <= footprint.cfg.data.batch_size]
+    engines = [*PLAIN, *ZERO] if footprint.shardable else PLAIN
+    for checkpointing in (False, True) if footprint.velocity else (False,):
+        for engine in engines:
+            for ranks in counts:
+                if (engine.kind == "none") == (ranks == 1) or engine.kind == "deepspeed":
+                    found = footprint.predict(engine, ranks, checkpointing)
+                    yield Choice(engine, ranks, checkpointing, found)
+
+
+def recommend(choices: list[Choice], gpus: int, memory: float) -> Choice | None:
+    """The quickest way that fits, on as many of the GPUs as the batch can be shared among: copies
+    before shards, shards before recomputation (a quarter more work), gathered weights and host
+    memory last."""
+
+    def cost(choice: Choice) -> tuple[int, bool, int]:
+        engine = choice.engine
+        slow = 3 if engine.offload else 2 if engine.stage == 3 else 0
+        return slow, choice.checkpointing, engine.stage
+
+    most = max((c.ranks for c in choices), default=0)
+    fitting = [c for c in choices if c.ranks == most and fits(c.found, memory)]
+    return min(fitting, key=cost, default=None)
+
+
+def advice(cfg: Any, footprint: Footprint, best: Choice | None, asked: Any) -> str:
+    """One line: what to run, or what to change."""
+    if best is not None:
+        return (
+            f"Run with {best.command}: {best.found.peak / GIB:.1f} GiB of {asked.gpu_memory:g} on "
+            f"each GPU, {best.found.host_peak / GIB:.0f} GiB of host memory a rank."
+        )
+    key = "method.chunk" if cfg.method.get("chunk") is not None else "method.micro"
+    name = key.removeprefix("method.")
+    if cfg.method.get(name, 1) > 1:
+        smaller = cfg.copy()
+        OmegaConf.update(smaller, key, 1)
+        again = Footprint(smaller, footprint.cuda, footprint.size)
+        found = recommend(list(_choices(again, asked.gpus)), asked.gpus, asked.gpu_memory)
+        if found is not None:
+            return (
+                f"Nothing fits with {key}={cfg.method[name]}. With {key}=1 run {found.command}: "
+                f"{found.found.peak / GIB:.1f} GiB of {asked.gpu_memory:g} on each GPU."
+            )
+    hints = []
+    if footprint.lora is None:
+        hints.append("adapter=lora")
+    elif cfg.model.get("quantise") is None:
+        hints.append("model.quantise=nf4")
+    if not footprint.released:
+        hints.append("data.cache=<folder> data.release_encoder=true")
+    return f"Nothing fits: try {', '.join([*hints, 'smaller images'])}, or more GPUs."
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def _head(cfg: Any, footprint: Footprint) -> list[str]:
+    shape, count = footprint.shape, footprint.trainable / 1e6
+    what = "all weights" if footprint.lora is None else f"LoRA of rank {footprint.lora.rank}"
+    roles = f", {footprint.trained} trained" if footprint.trained > 1 else ""
+    roles += f", {footprint.followers} averaged" if footprint.followers else ""
+    return [
+        f"{footprint.method} on {cfg.model.name}: {what}, {count:,.1f}M trained a role{roles}; "
+        f"batch {cfg.data.batch_size}, {shape.height}×{shape.width}"
+        + (f", {shape.references} references" if shape.references else ""),
+    ]
+
+
+def _dict(chosen: Choice) -> list[str]:
+    """The chosen way, part by part."""
+    found = chosen.found
+    rows = [(k, v) for k, v in found.stays.items() if v]
+    rows += [(f"  {k}", v) for k, v in sorted(found.passing.items(), key=lambda x: -x[1])]
+    out = [f"{chosen.command}, each rank, GiB"]
+    out += [f"  {name:24}{size / GIB:9.2f}" for name, size in rows]
+    out.append(f"  {'peak (in ' + found.phase + ')':24}{found.peak / GIB:9.2f}")
+    return [*out, f"  {'host memory':24}{found.host_peak / GIB:9.2f}"]
+
+
+def _table(choices: list[Choice], memory: float) -> list[str]:
+    """Engines against numbers of GPUs."""
+    counts = sorted({c.ranks for c in choices})
+    out = [f"GiB a GPU; * fits {memory:g}", "  " + " " * 28 + "".join(f"{n:>9}" for n in counts)]
+    for checkpointing in sorted({c.checkpointing for c in choices}):
+        for name in dict.fromkeys(c.engine.name for c in choices):
+            cells = {
+                c.ranks: f"{c.found.peak / GIB:.1f}{'*' if fits(c.found, memory) else ' '}"
+                for c in choices
+                if c.engine.name == name and c.checkpointing == checkpointing
+            }
+            label = f"{name}{' checkpointing' if checkpointing else ''}"
+            out.append(f"  {label:28}" + "".join(f"{cells.get(n, '–'):>9}" for n in counts))
+    return out
+
+
+def _summary(
+    cfg: Any,
+    footprint: Footprint,
+    chosen: Choice,
+    choices: list[Choice],
+    best: Choice | None,
+    asked: Any,
+) -> dict[str, Any]:
+    def entry(choice: Choice) -> dict[str, Any]:
+        return {
+            "engine": choice.engine.name,
+            "ranks": choice.ranks,
+            "checkpointing": choice.checkpointing,
+            "peak": choice.found.peak,
+            "host": choice.found.host_peak,
+            "fits": fits(choice.found, asked.gpu_memory),
+        }
+
+    return {
+        "stage": "plan",
+        "method": footprint.method,
+        "model": cfg.model.name,
+        "size": [footprint.shape.height, footprint.shape.width, footprint.shape.references],
+        "trained_parameters": footprint.trainable,
+        "chosen": {
+            **entry(chosen),
+            "stays": dict(chosen.found.stays),
+            "passing": dict(chosen.found.passing),
+            "host_parts": dict(chosen.found.host),
+        },
+        "choices": [entry(c) for c in choices],
+        "recommended": None if best is None else {**entry(best), "command": best.command},
+    }

@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,6 +284,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._since = 0.0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -296,8 +298,10 @@ class Interrupt:
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:
+            if time.monotonic() - self._since < 1.0:  # `timeout` tells process and group
+                return
             raise Interrupted(signum)
-        self.signum = signum
+        self.signum, self._since = signum, time.monotonic()
         # print() may be in the middle of itself when a signal arrives; write() cannot be.
         os.write(2, b"\nstopping after this step, with a checkpoint; again to stop at once\n")
 

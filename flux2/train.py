@@ -19,14 +19,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from flux2 import distributed, plan, quantise
 from flux2.adapters import LoRA
-from flux2.checkpoint import load_checkpoint, write_checkpoint
+from flux2.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from flux2.data.cache import RowCache, fingerprint
 from flux2.data.loader import Collator, Loader
 from flux2.data.sampler import IndexSampler
-from flux2.engine import Engine, pick_device
+from flux2.distributed import pick_device
+from flux2.engine import Engine
 from flux2.errors import InputError
 from flux2.export import export_autoencoder, export_run
-from flux2.lineage import check_lineage, find_init, licence_note, schedule_hash
+from flux2.lineage import (
+    check_lineage,
+    check_same_base,
+    describe,
+    licence_note,
+    resolve_init,
+    schedule_hash,
+)
 from flux2.log import Log
 from flux2.loop import Hook, fit
 from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial
@@ -103,7 +111,7 @@ class Scorer:
 
     def __init__(self, reward: Any, model: Flux2 | None = None) -> None:
         self.reward, self.model = reward, model
-        self._works = False
+        self.works = False
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> Callable[[], Scores]:
         """Starts scoring; rewards that work in processes of their own are not waited for."""
@@ -118,14 +126,14 @@ class Scorer:
     def _checked(self, scores: Scores) -> Scores:
         """Refuses a reward that scores nothing at all: later failures are masked, but a run whose
         first chunk has no score is set up wrongly."""
-        if not self._works and bool(scores["reward"].isnan().all()):
+        if not self.works and bool(scores["reward"].isnan().all()):
             why = ", ".join(f"{k} × {n}" for k, n in getattr(self.reward, "failures", {}).items())
             raise InputError(
                 f"the reward scored no sample of the first chunk ({why or 'all NaN'}): give "
                 "prompts that it can score, or another reward (reward=ocr-whole reads without a "
                 "known region)"
             )
-        self._works = True
+        self.works = True
         return scores
 
 
@@ -175,7 +183,7 @@ def assemble(cfg: DictConfig) -> Parts:
         _check_role(cfg, name, spec)
     sampler = cfg.get("sampler")
     schedule = schedule_hash(build(sampler.schedule)) if sampler is not None else None
-    init = find_init(cfg.init_from) if cfg.init_from is not None else None
+    init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
     check_lineage(cfg, init, method.accepts, schedule)
     return Parts(dataset, lora, rate, evaluation, reward, score, method, schedule)
 
@@ -219,13 +227,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     try:
         if isinstance(parts.reward, Deferred):
             parts.reward.ready()
-        for line in (licence_note(cfg), plan.line(cfg)):
-            if line and distributed.is_main():
+        if distributed.is_main():
+            with distributed.apart():
+                lines = (describe(run.path), licence_note(cfg), plan.line(cfg))
+            for line in filter(None, lines):
                 print(line, flush=True)
         model = parts.score.model = load_initial(cfg, device)
         engine = build_engine(cfg, parts, model)
         if resumed is not None:
-            _restore(engine, parts.method, load_checkpoint(resumed, verify=False))
+            check_same_base(cfg, run.manifest, model.info.hash)
+            _restore(engine, parts, load_checkpoint(resumed, verify=False))
         collate = Collator(model, **cfg.data.collate, cache=_cache(cfg, model, parts.dataset))
         data = Loader(
             parts.dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout
@@ -298,9 +309,10 @@ def _release(data: Loader, evaluation: Any) -> None:
     text.release()
 
 
-def _restore(engine: Engine, method: Method, checkpoint: Any) -> None:
+def _restore(engine: Engine, parts: Parts, checkpoint: Checkpoint) -> None:
     engine.load(checkpoint.state["engine"], checkpoint.tensors)
-    method.load_state_dict(checkpoint.state["method"])
+    parts.method.load_state_dict(checkpoint.state["method"])
+    parts.score.works = True  # it did, before
 
 
 def _saver(

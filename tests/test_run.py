@@ -19,7 +19,7 @@ import run
 ROOT = Path(run.__file__).parent
 STAGES = """
 import os, pathlib, signal, sys, time
-from flux2.checkpoint import Interrupt, resolve_resume, write_checkpoint
+from flux2.checkpoint import write_checkpoint
 from flux2.errors import InputError
 
 def fine(cfg):

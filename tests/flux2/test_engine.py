@@ -9,7 +9,8 @@ import torch
 
 from flux2 import distributed
 from flux2.adapters import LoRA
-from flux2.engine import Engine, pick_device, share
+from flux2.distributed import pick_device
+from flux2.engine import Engine, share
 from flux2.errors import InputError
 from flux2.optim import LearningRate, TurnAdamW, TurnMuon
 from flux2.rng import Rng

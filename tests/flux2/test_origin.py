@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,34 @@ def test_a_checkpoint_that_does_not_fit_is_refused(lora_run, tmp_path):
     OmegaConf.save(cfg, changed / "config.yaml")
     with pytest.raises(InputError, match="do not fit"):
         job(tmp_path / "out", "stage=export", f"init_from={changed}", *QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("adapter", [(), ("adapter=lora",)], ids=["full", "lora"])
+def test_a_sharded_run_exports_the_same_bytes(base, tmp_path, adapter):
+    """One step on one process; two ranks of ZeRO-3 take up its checkpoint, and export."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = (
+        "stage=sft", f"model.path={base}", *adapter, "train.steps=1", "seed=3",
+        "data.batch_size=2", "optim.optimizer.lr=0.05", "train.export_dtype=fp32",
+        "evaluation.prompts=1", "evaluation.shown=1", "~evaluation.metrics.ocr",
+        "~evaluation.metrics.tesseract", "evaluation.headline=[place]", *QUICK,
+    )  # fmt: skip
+
+    def launch(folder: Path, *more: str) -> None:
+        command = [sys.executable, "run.py", *common, f"run.dir={folder}", *more]
+        done = subprocess.run(
+            command, cwd=run.CONF.parent, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    launch(one)
+    shutil.copytree(one, two)
+    shutil.rmtree(two / "export")
+    launch(two, "resume=auto", "engine=zero3", "engine.precision=fp32", "engine.device=cpu",
+           "launch.processes=2")  # fmt: skip
+    name = "export/transformer/diffusion_pytorch_model.safetensors"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
+    start = (base / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    assert (one / name).read_bytes() != start
