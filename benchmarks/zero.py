@@ -2,8 +2,8 @@
 
     python benchmarks/zero.py [--ranks 2] [--engines ddp,zero1,zero2,zero3] [--width 512]
 
-A random-weight FLUX.2 of FLUX.2's own classes, all weights trained with AdamW in fp32, one sample of
-32 tokens a rank, so that weights, gradients and states are nearly all there is. On the CPU the peak
+A random-weight FLUX.2 of the real classes, all weights trained with AdamW in fp32, one sample of 32
+tokens a rank, so that weights, gradients and states are nearly all there is. On the CPU the peak
 is what tensors hold before the third step and the largest total that torch's allocator adds to it
 (torch.profiler), on CUDA torch.cuda.max_memory_allocated: not the process's size, in which imported
 libraries weigh most.
@@ -33,13 +33,13 @@ def rank_main(kind: str, width: int) -> None:
     from flux2 import distributed
     from flux2.distributed import pick_device
     from flux2.engine import Engine
+    from flux2.latents import grid_ids
     from flux2.model import load_model
     from flux2.optim import LearningRate, TurnAdamW
     from flux2.rng import Rng
     from flux2.roles import Roles
     from flux2.text import text_ids
     from flux2.types import Condition, RoleSpec
-    from flux2.latents import grid_ids
     from flux2.zero import Sharded, Zero
 
     torch.set_num_threads(1)
@@ -101,7 +101,8 @@ def _peak(run: Any, device: torch.device) -> int:
     while nodes:
         node = nodes.pop()
         if node.tag.name == "Allocation":
-            largest = max(largest, node.extra_fields.total_allocated)
+            fields: Any = node.extra_fields
+            largest = max(largest, fields.total_allocated)
         nodes.extend(node.children)
     return sum(held.values()) + largest
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--engines", default="ddp,zero1,zero2,zero3")
-    parser.add_argument("--width", type=int, default=512, help="of the transformer, a multiple of 32")
+    parser.add_argument("--width", type=int, default=512, help="multiple of 32")
     options = parser.parse_args()
     print(f"{'engine':8}  {'parameters':>12}  {'peak a rank':>12}  {'B/parameter':>11}  of ddp")
     first = None
@@ -127,7 +128,8 @@ def main() -> None:
         result = json.loads(lines[0].removeprefix("RESULT "))
         peak, count = max(result["peaks"]), result["parameters"]
         first = first or peak
-        print(f"{kind:8}  {count:12,}  {peak / 2**20:8.0f} MiB  {peak / count:11.1f}  {peak / first:.2f}")
+        sizes = f"{peak / 2**20:8.0f} MiB  {peak / count:11.1f}  {peak / first:.2f}"
+        print(f"{kind:8}  {count:12,}  {sizes}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -200,47 +199,37 @@ def _last(number: int, deep: int) -> int:
     return deep - 1 if number == FEW - 1 and deep > FEW else number
 
 
-_NORMS = (
-    torch.layer_norm, torch.rms_norm, nn.functional.layer_norm, nn.functional.rms_norm,
-    torch.group_norm, nn.functional.group_norm,
-)  # fmt: skip
-
-
-class _LiftNorms(TorchFunctionMode):
-    """What autocast does to norms on CUDA (torch's ATen/autocast_mode.h, AT_FORALL_FP32)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _NORMS and torch.is_autocast_enabled("cpu"):
-            args = [a.float() if isinstance(a, Tensor) else a for a in args]
-            kwargs = {k: a.float() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
-        return func(*args, **kwargs)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 @contextmanager
 def fake(cuda: bool = False) -> Iterator[Tracker]:
-    """Inside, tensors have no data. Made tensors count in the Tracker once it is entered."""
+    """Inside, tensors have no data. What is made counts in the Tracker once that is entered."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        if not cuda:
-            yield Tracker(cuda)
-            return
-        with _LiftNorms():
-            yield Tracker(cuda)
+        yield Tracker(cuda)
 
 
-def emptied(module: nn.Module) -> nn.Module:
-    """A module on the meta device as one of fake tensors, in place. Within `fake`."""
+def emptied(module: nn.Module, cuda: bool = False) -> nn.Module:
+    """A module on the meta device as one of fake tensors, in place. Within `fake`.
+
+    cuda: its norms are lifted as autocast lifts them there (ATen/autocast_mode.h, AT_FORALL_FP32).
+    """
     for part in module.modules():
+        lifted = cuda and isinstance(part, _NORMS)
         for name, p in part._parameters.items():
             if p is not None:
-                data = torch.empty(p.shape, dtype=p.dtype)
+                data = torch.empty(p.shape, dtype=torch.float32 if lifted else p.dtype)
                 part._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
         for name, b in part._buffers.items():
             if b is not None:
                 part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        if lifted:
+            part.register_forward_pre_hook(_lift)
     return module
+
+
+def _lift(_: nn.Module, inputs: Any) -> Any:
+    return (inputs[0].float(),) if torch.is_autocast_enabled("cpu") else None
 
 
 @dataclass(frozen=True)

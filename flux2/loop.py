@@ -56,7 +56,7 @@ def fit(
                         for k, micro in enumerate(update, 1):
                             loss, metrics = turn.loss(engine.roles, micro, rng)
                             engine.backward(loss, last=k == len(update))
-                            if micro.weight is not None and bool(micro.weight.any()):  # no rank's stopgap
+                            if micro.weight is None or micro.weight.any():  # else a stopgap
                                 log.log(step, metrics)
             engine.step = step + 1
             log.log(step, {**engine.metrics(), **method.metrics()})

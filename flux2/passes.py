@@ -98,7 +98,7 @@ def velocity_curve(
     with fake(setting.cuda) as tracker:
         roles = {}
         for owner, network in networks.items():
-            emptied(network)
+            emptied(network, setting.cuda)
             adapter = _ROLE if setting.lora is not None else None
             role = VelocityRole(network, adapters.Switch(network), adapter, setting.autocast)
             plain = VelocityRole(network, adapters.Switch(network), None, setting.autocast)
@@ -194,7 +194,7 @@ def codec_curve(
     """Bytes over encoding or decoding so many images at once, without gradients."""
     vae = _meta(config).to(dtype)
     with fake(cuda) as tracker:
-        codec = LatentCodec(emptied(vae), autocast)
+        codec = LatentCodec(emptied(vae, cuda), autocast)
         tokens = torch.empty(rows, shape.tokens, codec.mean.numel())
         images = torch.empty(rows, 3, shape.height, shape.width, dtype=torch.uint8)
         one = Pass(
@@ -212,7 +212,7 @@ def autoencoder_curve(
     """Bytes over training an autoencoder on so many images."""
     vae = _meta(config).requires_grad_(True)
     with fake(cuda) as tracker:
-        role = AutoencoderRole(emptied(vae), autocast)
+        role = AutoencoderRole(emptied(vae, cuda), autocast)
         images = torch.empty(rows, 3, shape.height, shape.width)
 
         def run() -> list[Tensor]:

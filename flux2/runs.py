@@ -298,7 +298,8 @@ class Interrupt:
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:
-            if time.monotonic() - self._since < 1.0:  # `timeout` tells process and group
+            again = signum == self.signum
+            if again and time.monotonic() - self._since < 1.0:  # `timeout` tells it twice
                 return
             raise Interrupted(signum)
         self.signum, self._since = signum, time.monotonic()

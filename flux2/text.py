@@ -143,10 +143,9 @@ class TextEncoder:
                 f"the text encoder was freed and has not seen the prompt {missing[0]!r}: encode "
                 "every prompt before, or keep the encoder"
             )
-        if missing:
-            if (len(self._seen) + len(missing)) * self._bytes > self._remember:
-                self._seen.clear()
-                missing = list(dict.fromkeys(prompts))
+        if missing and (len(self._seen) + len(missing)) * self._bytes > self._remember:
+            self._seen.clear()
+            missing = list(dict.fromkeys(prompts))
         count = max(1, min(64, AT_ONCE // self.max_length))
         for start in range(0, len(missing), count):
             part = missing[start : start + count]

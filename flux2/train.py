@@ -87,8 +87,8 @@ def check_engine(cfg: Any) -> None:
     half = dtype != "fp32" or (engine.kind == "deepspeed" and engine.precision == "bf16")
     if half and engine.autocast == "fp32":
         raise InputError(
-            "engine.autocast=fp32 and weights in bf16: set engine.autocast=bf16, or model.dtype and "
-            "engine.precision to fp32"
+            "engine.autocast=fp32 and weights in bf16: set engine.autocast=bf16, or both "
+            "model.dtype and engine.precision to fp32"
         )
     quantise.check_use(cfg.model.get("quantise"), engine.kind, cfg.get("adapter") is not None)
     if engine.kind == "deepspeed":
@@ -174,7 +174,12 @@ def assemble(cfg: DictConfig) -> Parts:
     # Refuses the optimizer's settings before the weights are read: a matrix and a vector to hold.
     shapes = {"block": (1, 1), "bias": (1,)}
     probe = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    build(cfg.optim.optimizer, roles={"probe": probe})
+    optimizer = build(cfg.optim.optimizer, roles={"probe": probe})
+    if cfg.engine.kind == "deepspeed" and not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"engine={cfg.engine.name} shards an optimizer that works on flat pieces, and "
+            f"{type(optimizer).__name__} does not: choose engine=none or ddp, or optim=adamw"
+        )
     evaluation = build(cfg.evaluation) if cfg.evaluation is not None else None
     reward = build(cfg.reward) if cfg.reward is not None else None
     score = Scorer(reward)
@@ -192,7 +197,9 @@ def _check_role(cfg: DictConfig, name: str, spec: RoleSpec) -> None:
     if cfg.engine.kind != "deepspeed":
         return
     if spec.kind == "autoencoder":
-        raise InputError(f"stage={cfg.stage.name} trains a small network: choose engine=none or ddp")
+        raise InputError(
+            f"stage={cfg.stage.name} trains a small network: choose engine=none or ddp"
+        )
     if spec.follows is not None and "zero_quantized_nontrainable_weights" in cfg.engine.extra:
         raise InputError(
             f"engine={cfg.engine.name} keeps what is not trained in int8, and {name} is an average "

@@ -12,6 +12,7 @@ import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from omegaconf import OmegaConf
@@ -51,7 +52,7 @@ def smooth(x: Tensor, batch: Batch):
 class TwoTurns:
     """A student that follows the data through a second trained role, which has turns of its own."""
 
-    roles = {
+    roles: ClassVar = {
         "student": RoleSpec(trainable=True),
         "fake": RoleSpec(trainable=True),
         "ema": RoleSpec(follows="student", decay=0.5),

@@ -87,8 +87,8 @@ def agree(folder: Path, reference: Path, tolerance: float) -> None:
 
 
 def test_two_ranks_equal_one_process(model_file, alone, tmp_path):
-    """Losses, norms and rewards within 1e-5 after five steps: ZeRO 1, 2, 3 and data parallel, SFT and
-    GRPO, LoRA and all weights, uneven masks, two roles by turns, activation checkpointing; and
+    """Losses, norms and rewards within 1e-5 after five steps: ZeRO 1, 2, 3 and data parallel; SFT
+    and GRPO, LoRA and all weights, uneven masks, two roles by turns, activation checkpointing; and
     resumes from 1 to 2 ranks, 2 to 1, and 2 to 2."""
     cases = [
         ("ddp", "grpo-lora"), ("zero1", "sft-full"), ("zero2", "grpo-lora"),

@@ -143,9 +143,9 @@ def test_the_loss_is_the_papers_where_policy_and_old_differ():
     for i in range(3):
         plus = (1 - beta) * V_OLD[i] + beta * v[i]
         minus = (1 + beta) * V_OLD[i] - beta * v[i]
-        for share, branch in ((0.7, plus), (0.3, minus)):
+        for part, branch in ((0.7, plus), (0.3, minus)):
             gap = (x[i] - t[i] * branch - batch.x0[i]).flatten()
-            total += share * float(gap @ gap / gap.abs().sum()) / 3
+            total += part * float(gap @ gap / gap.abs().sum()) / 3
     _, loss, metrics = gradient(0.7, v, V_OLD, beta=beta)
     assert float(loss) == pytest.approx(total, rel=1e-5)
     torch.testing.assert_close(metrics["drift"].detach(), torch.tensor(0.16))

@@ -1,0 +1,180 @@
+"""What stays, counted against modules that are there; passes, against the allocator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+import run  # noqa: F401  (registers what conf/ interpolates)
+from benchmarks.memory import CASES, case, configuration, cpu_peak
+from flux2 import adapters
+from flux2.errors import InputError
+from flux2.footprint import Engine, Footprint, engine_of
+from flux2.model import load_model
+
+CONF = Path(__file__).parents[2] / "conf"
+ZERO = Engine("deepspeed", 1, half=True, bucket=1000)
+
+
+def composed(*overrides: str) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.fixture(scope="module")
+def klein() -> Footprint:
+    """klein-4b, NFT, all weights."""
+    cfg = composed("stage=nft", "model=klein-4b-base")
+    return Footprint(cfg, size=(512, 512, 0), brief=True)
+
+
+def test_the_measure_itself_on_a_case_counted_by_hand() -> None:
+    def allocate() -> None:
+        a = torch.empty(10 << 20, dtype=torch.uint8)
+        b = torch.empty(20 << 20, dtype=torch.uint8)  # 30 MiB, the most
+        del a
+        c = torch.empty(5 << 20, dtype=torch.uint8)
+        del b, c
+
+    assert cpu_peak(allocate) == 30 << 20
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "lora, checkpointing", "full", "full, 8-bit AdamW", "lora, nf4"]
+)
+def test_prediction_and_allocator_agree_within_15_percent(name: str) -> None:
+    """18M parameters at 128²; benchmarks/memory.py has 300M and two sizes."""
+    if "8-bit" in name or "nf4" in name:
+        pytest.importorskip("bitsandbytes")
+    cfg = configuration("18m", "engine.device=cpu", *CASES[name])
+    row = case(name, cfg, 128, torch.device("cpu"))
+    assert abs(row.error) < 0.15 and abs(row.passing_error) < 0.15, row
+
+
+def test_lora_is_counted_as_peft_makes_it(tiny_config) -> None:
+    cfg = composed("stage=sft", "adapter=lora", "adapter.rank=5")
+    cfg.model = tiny_config
+    footprint = Footprint(cfg, size=(64, 64, 0))
+    model = load_model(cfg.model, torch.device("cpu"))
+    adapters.add(model.transformer, adapters.LoRA(rank=5), "policy")
+    theirs = adapters.parameters(model.transformer, "policy")
+    assert footprint.trainable == sum(p.numel() for p in theirs.values())
+    assert sorted(footprint.counts) == sorted(tuple(p.shape) for p in theirs.values())
+
+
+def test_full_training_of_klein_has_a_copy_for_each_role(klein: Footprint) -> None:
+    count = 3_875_544_576
+    assert klein.trainable == count and (klein.trained, klein.followers) == (1, 1)
+    stays, _ = klein._stays(Engine("none"), 1)
+    assert stays["trained weights"] == stays["averages"] == 4 * count
+    assert stays["optimizer states"] == 8 * count and stays["frozen base"] == 0
+
+
+def test_zero_shards_what_its_stage_says(klein: Footprint) -> None:
+    """bf16: weights 2, gradients 2, masters 4, states 8 bytes (arXiv 1910.02054, section 3)."""
+    count, ranks = 3_875_544_576, 8
+    one, two, three = (
+        klein._stays(replace(ZERO, stage=stage), ranks)[0] for stage in (1, 2, 3)
+    )
+    for stays in (one, two, three):
+        assert stays["fp32 masters"] == 4 * count // ranks
+        assert stays["optimizer states"] == 8 * count // ranks
+    assert one["trained weights"] == two["trained weights"] == 2 * count
+    assert three["trained weights"] == 2 * count // ranks
+    # The network that follows in bf16, and its average in fp32 beside it.
+    assert one["averages"] == 6 * count and three["averages"] == 6 * count // ranks
+    assert "gradient shards" not in one
+    assert two["gradient shards"] == three["gradient shards"] == 2 * count // ranks
+    # At most a billion gathered parameters and a bucket.
+    assert three["gathered weights"] == 2 * (1_000_000_000 + 1000)
+    single = klein._stays(ZERO, 1)[0]
+    assert single["fp32 masters"] == 4 * count
+
+
+def test_offload_moves_masters_and_states_to_the_host(klein: Footprint) -> None:
+    count, ranks = 3_875_544_576, 4
+    engine = replace(ZERO, stage=3, offload=True, offload_weights=True)
+    stays, host = klein._stays(engine, ranks)
+    assert not any(stays[k] for k in ("fp32 masters", "optimizer states", "trained weights"))
+    assert host["fp32 masters"] == 4 * count // ranks
+    assert host["optimizer states"] == 8 * count // ranks
+    assert host["gradients"] == 4 * count // ranks
+
+
+def test_sharding_and_checkpointing_lower_the_peak_in_order(klein: Footprint) -> None:
+    def peak(stage: int, ranks: int = 8, checkpointing: bool = True) -> int:
+        return klein.predict(replace(ZERO, stage=stage), ranks, checkpointing).peak
+
+    assert peak(1) > peak(2) > peak(3)
+    assert peak(3, 8) < peak(3, 2)
+    assert peak(2, checkpointing=False) > peak(2)
+    copies = klein.predict(Engine("ddp"), 8, True)
+    assert copies.peak > peak(1) and copies.phase in copies.passing
+
+
+def test_a_quantised_base_is_a_quarter_and_refuses_full_training() -> None:
+    pytest.importorskip("bitsandbytes")
+    common = ("stage=sft", "model=klein-4b-base", "model.quantise=nf4")
+    cfg = composed(*common, "adapter=lora")
+    packed = Footprint(cfg, size=(512, 512, 0))
+    cfg.model.quantise = None
+    assert packed.base < 0.3 * Footprint(cfg, size=(512, 512, 0)).base and not packed.shardable
+    with pytest.raises(InputError, match="adapter=lora"):
+        Footprint(composed(*common), size=(512, 512, 0))
+
+
+@pytest.mark.parametrize(
+    ("optim", "each"), [("adamw", 8.0), ("adamw8bit", 2.03), ("muon", 4.0)]
+)
+def test_optimizer_states(optim: str, each: float) -> None:
+    cfg = composed("stage=sft", "model=klein-4b-base", f"optim={optim}")
+    footprint = Footprint(cfg, size=(512, 512, 0))
+    states = footprint._states(Engine("none"), 1)
+    assert states / footprint.trainable == pytest.approx(each, rel=0.01)
+    assert footprint.shardable == (optim == "adamw")
+
+
+def test_the_size_is_the_datas_largest_first_record() -> None:
+    cfg = composed("stage=pretrain")
+    footprint = Footprint(cfg)
+    assert footprint.size[:2] == (64, 64) and footprint.size[2] >= 1  # edits have references
+    with pytest.raises(InputError, match="has no value"):
+        Footprint(composed("stage=sft", "data=folder"))
+
+
+def test_a_stage_that_does_not_train_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing to plan"):
+        Footprint(composed("stage=eval"))
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("none", Engine("none")),
+        ("ddp", Engine("ddp")),
+        ("zero2", Engine("deepspeed", 2, True)),
+        ("zero3-offload", Engine("deepspeed", 3, True, True, True)),
+    ],
+)
+def test_engines_are_read_from_conf(name: str, engine: Engine) -> None:
+    found = engine_of(composed("stage=sft", f"engine={name}").engine)
+    assert found == engine and found.name == name
+
+
+def test_phases_of_online_rl_and_of_the_autoencoder() -> None:
+    cfg = composed("stage=nft")
+    cfg.evaluation = None
+    found = Footprint(cfg, cuda=False).predict(Engine("none"), 1, False)
+    assert {"pass of policy", "sampling", "decoding", "update"} <= set(found.passing)
+    assert "encoding" not in found.passing  # its samples are its own
+    other: Any = Footprint(composed("stage=autoencoder"), cuda=False)
+    seen = other.predict(Engine("none"), 1, False)
+    assert set(seen.passing) == {"update", "pass of autoencoder"} and not other.shardable
