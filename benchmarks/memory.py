@@ -3,6 +3,7 @@
     python benchmarks/memory.py                          # 300M, on the GPU if there is one
     python benchmarks/memory.py --model klein-4b         # needs a GPU
     python benchmarks/memory.py --sizes 512 1024 --only lora
+    torchrun --nproc-per-node 2 benchmarks/memory.py --zero    # DeepSpeed on the CPU, ZeRO 1 to 3
 
 One optimizer update of supervised finetuning, with AdamW's states in place. On CUDA the measure is
 torch.cuda.max_memory_allocated; on the CPU every allocation and release that torch's allocator
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from flux2 import distributed
 from flux2.engine import Engine
 from flux2.footprint import Footprint, engine_of
 from flux2.latents import grid_ids
@@ -43,6 +47,7 @@ SHAPES = {  # double blocks, single blocks, heads of 128
     "klein-4b": (5, 20, 24),
 }
 MIB = 1 << 20
+HEAD = f"{'':42}{'predicted':>10}{'measured':>10}{'error':>8}{'passing':>10}{'error':>8}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,12 @@ class Row:
     measured: int
     passing: int
     passing_measured: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:42}{self.predicted / MIB:10.1f}{self.measured / MIB:10.1f}"
+            f"{self.error:8.1%}{self.passing_measured / MIB:10.1f}{self.passing_error:8.1%}"
+        )
 
     @property
     def error(self) -> float:
@@ -146,39 +157,76 @@ def update(engine: Engine, method: Method, batch: Batch) -> None:
                     del loss
 
 
+def build(cfg: DictConfig, device: torch.device, masters: bool) -> tuple[Flux2, Roles, Any]:
+    """The model, its roles, and an optimizer over them."""
+    model = load_model(cfg.model, device)
+    method: Method = instantiate(cfg.method, _convert_="all")
+    lora = None if cfg.adapter is None else instantiate(cfg.adapter, _convert_="all")
+    matmul, checkpointing = AUTOCAST[cfg.engine.autocast], cfg.engine.checkpointing
+    roles = Roles(method.roles, model, lora, matmul, checkpointing, 0, masters=masters)
+    named = {role: roles.parameters(role) for role in roles.trainable}
+    return model, roles, instantiate(cfg.optim.optimizer, _convert_="all", roles=named)
+
+
+def own_passes(passing: Mapping[str, int]) -> int:
+    """What an update needs, without the encoder's and the autoencoder's passes before it."""
+    return max(v for k, v in passing.items() if k == "update" or k.startswith("pass"))
+
+
 def case(name: str, cfg: DictConfig, size: int, device: torch.device) -> Row:
     """Predicts and measures one configuration."""
     predicted = Footprint(cfg, device.type == "cuda", (size, size, 0)).predict(
         engine_of(cfg.engine), 1, cfg.engine.checkpointing
     )
-    model = load_model(cfg.model, device)
-    method: Method = instantiate(cfg.method, _convert_="all")
-    lora = None if cfg.adapter is None else instantiate(cfg.adapter, _convert_="all")
-    roles = Roles(
-        method.roles, model, lora, AUTOCAST[cfg.engine.autocast], cfg.engine.checkpointing, 0
-    )
-    named = {role: roles.parameters(role) for role in roles.trainable}
-    parameters = [p for group in named.values() for p in group.values()]
-    optimizer = instantiate(cfg.optim.optimizer, _convert_="all", roles=named)
+    model, roles, optimizer = build(cfg, device, True)
+    parameters = [p for role in roles.trainable for p in roles.parameters(role).values()]
     for p in parameters:  # states as after a first update, without its pass
         p.grad = torch.zeros_like(p)
-    optimizer.active = next(iter(named))
+    optimizer.active = roles.trainable[0]
     optimizer.step()
     for p in parameters:
         p.grad = None
     states = [t for p in parameters for t in optimizer.state_of(p).values()]
     stays = stored([*roles.backbones.parameters(), *roles.backbones.buffers(), *states])
     engine, batch = Engine(roles, optimizer, LearningRate(), 1.0), batch_of(cfg, model, size)
+    method: Method = instantiate(cfg.method, _convert_="all")
     gc.collect()
     peak = (cuda_peak if device.type == "cuda" else cpu_peak)(
         lambda: update(engine, method, batch)
     )
-    # The autoencoder and the encoder stand aside here: their passes are not part of an update.
     kept = ("frozen base", "trained weights", "averages", "optimizer states")
-    mine = sum(predicted.stays[k] for k in kept)
-    passes = {k: v for k, v in predicted.passing.items() if k == "update" or k.startswith("pass")}
-    passing = max(passes.values())
+    mine, passing = sum(predicted.stays[k] for k in kept), own_passes(predicted.passing)
     return Row(name, mine + passing, stays + peak, passing, peak)
+
+
+def zero_case(name: str, cfg: DictConfig, size: int) -> Row:
+    """The same under DeepSpeed, on each rank of the CPU."""
+    from flux2.train import sharding
+    from flux2.zero import Sharded
+
+    predicted = Footprint(cfg, False, (size, size, 0)).predict(
+        engine_of(cfg.engine), distributed.size(), cfg.engine.checkpointing
+    )
+    before = everything()
+    model, roles, optimizer = build(cfg, torch.device("cpu"), False)
+    zero = sharding(cfg.engine)
+    engine = Sharded(roles, optimizer, LearningRate(), 1.0, zero, torch.device("cpu"))
+    cfg.data.batch_size //= distributed.size()
+    method, batch = instantiate(cfg.method, _convert_="all"), batch_of(cfg, model, size)
+    update(engine, method, batch)
+    stays = everything() - before
+    peak, passing = cpu_peak(lambda: update(engine, method, batch)), own_passes(predicted.passing)
+    engine._engine.destroy()
+    return Row(name, sum(predicted.stays.values()) + passing, stays + peak, passing, peak)
+
+
+def everything() -> int:
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    with warnings.catch_warnings():  # of libraries' deprecated objects, which are merely looked at
+        warnings.simplefilter("ignore")
+        tensors = [o for o in gc.get_objects() if isinstance(o, Tensor)]
+    return stored(t for t in tensors if t.device.type == "cpu")
 
 
 CASES: dict[str, tuple[str, ...]] = {
@@ -198,6 +246,21 @@ CASES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def zeros(model: str, sizes: Sequence[int]) -> None:
+    """Prints rank 0's table for ZeRO 1, 2 and 3."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    distributed.start(torch.device("cpu"))
+    if distributed.is_main():
+        print(f"{model}, {distributed.size()} ranks; MiB a rank\n{HEAD}", flush=True)
+    for size, adapter, stage in itertools.product(sizes, ("full", "lora"), (1, 2, 3)):
+        overrides = ["engine.device=cpu", f"engine=zero{stage}", "engine.bucket=2000000"]
+        overrides += ["adapter=lora"] if adapter == "lora" else []
+        row = zero_case(f"{size}² {adapter}, zero{stage}", configuration(model, *overrides), size)
+        if distributed.is_main():
+            print(row, flush=True)
+    distributed.stop()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -205,25 +268,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--only", default="", help="cases whose names begin so")
+    parser.add_argument("--zero", action="store_true", help="ZeRO 1 to 3, under torchrun")
     asked = parser.parse_args(arguments)
+    if asked.zero:
+        zeros("18m" if asked.model == "klein-4b" else asked.model, asked.sizes or [128])
+        return
     device = torch.device(asked.device)
     if asked.model == "klein-4b" and device.type != "cuda":
         parser.error("klein-4b needs a GPU")
     sizes = asked.sizes or ([512, 1024] if device.type == "cuda" else [128, 256])
     parts = meta_parts(configuration(asked.model).model)
     count = sum(p.numel() for p in parts["transformer"].parameters()) / 1e6
-    print(f"{count:.1f}M parameters, {device.type}; MiB\n{'':42}{'predicted':>10}{'measured':>10}"
-          f"{'error':>8}{'passing':>10}{'error':>8}", flush=True)  # fmt: skip
+    print(f"{count:.1f}M parameters, {device.type}; MiB\n{HEAD}", flush=True)
     for size, (name, overrides) in itertools.product(sizes, CASES.items()):
         if not name.startswith(asked.only):
             continue
         cfg = configuration(asked.model, f"engine.device={device}", *overrides)
-        row = case(f"{size}² {name}", cfg, size, device)
-        print(
-            f"{row.name:42}{row.predicted / MIB:10.1f}{row.measured / MIB:10.1f}{row.error:8.1%}"
-            f"{row.passing_measured / MIB:10.1f}{row.passing_error:8.1%}",
-            flush=True,
-        )
+        print(case(f"{size}² {name}", cfg, size, device), flush=True)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -226,13 +226,6 @@ def export_run(
     return folder
 
 
-def export_pipeline(
-    model: Flux2, roles: Roles, name: str, folder: Path, dtype: torch.dtype, **facts: Any
-) -> Path:
-    """export_run; its former name."""
-    return export_run(model, roles, name, folder, dtype, **facts)
-
-
 def gathered(roles: Roles, name: str) -> tuple[dict[str, Tensor], Adapter | None]:
     """A role's tensors as `tensors_of` gives them, whole, from wherever an engine has put them: on
     rank 0, and nothing on the others. Trained ones are the fp32 masters. All ranks call it."""

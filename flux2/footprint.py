@@ -270,13 +270,10 @@ class Footprint:
         if engine.offload_weights:
             host["weights"] = weights // ranks
             stays["frozen base"] = stays["trained weights"] = 0
-        if engine.stage in (2, 3):
-            stays["gradient shards"] = 0 if engine.offload else wide * own // ranks
         if engine.stage:
             stays["buckets"] = wide * engine.bucket * (1 if engine.stage < 3 else 2)
-        if engine.stage == 3:
-            network = _count(self.parts["transformer"])
-            stays["gathered weights"] = wide * min(network, LIVE + engine.bucket)
+        if engine.stage == 3:  # one flat buffer, made at the beginning
+            stays["gradient shards"] = 0 if engine.offload else wide * own // ranks
         host["checkpoint"] = (4 * (self.trained + self.followers) * one + 8 * own) // ranks
         return stays, host
 
@@ -300,12 +297,14 @@ class Footprint:
         wide = 2 if engine.half else 4
         # Sharded gradients leave as they come; the rest of them waits for the update.
         kept = 0.0 if engine.stage in (2, 3) else 1.0
+        beside = self._beside(engine, ranks)
         idle = wide * (self.trained - 1) * one if engine.stage == 1 else 0
-        phases = {"update": self._update(engine, ranks) + int(kept * wide * one) + idle}
+        idle += wide * self.trained * one // ranks * (engine.stage == 2 and not engine.offload)
+        phases = {"update": self._update(engine, ranks)}
         for role, calls in acts.turns.items():
             curve = self._curve("velocity", calls, engine.half, checkpointing)
             held = int(kept * wide * one) if acts.micros[role] > 1 else 0
-            phases[f"pass of {role}"] = idle + curve.peak(kept, held)
+            phases[f"pass of {role}"] = beside + idle + curve.peak(kept, held)
         for role, images in acts.autoencoder.items():
             curve = self._curve("autoencoder", images, False, False)
             held = 4 * one if acts.micros[role] > 1 else 0
@@ -316,7 +315,8 @@ class Footprint:
                 continue  # a pass with gradients of as many samples takes more
             # A graded forward without a backward pass keeps its activations alike.
             curve = self._curve("velocity", (call,), engine.half, checkpointing)
-            phases["sampling"] = max(phases.get("sampling", 0), max(curve.other))
+            most = beside + max(curve.other)
+            phases["sampling"] = max(phases.get("sampling", 0), most)
         if acts.decoded:
             phases["decoding"] = self._codec("decode", acts.decoded)
         if self.brief:
@@ -330,20 +330,30 @@ class Footprint:
         phases |= self._evaluation(engine, ranks, checkpointing)
         return phases
 
+    def _beside(self, engine: Engine, ranks: int) -> int:
+        """Bytes of weights that ZeRO-3 has gathered while a network runs."""
+        if engine.stage < 3 or ranks == 1:
+            return 0
+        wide, network = 2 if engine.half else 4, _count(self.parts["transformer"])
+        return wide * min(network, LIVE + engine.bucket)
+
     def _update(self, engine: Engine, ranks: int) -> int:
-        """Bytes that an optimizer step makes for itself, besides gradients."""
+        """Bytes of an optimizer step: gradients, and what it makes for itself."""
         counts = [_product(s) for s in self.counts]
+        whole, largest = sum(counts), max(counts)
         if engine.kind == "deepspeed":
-            # An fp32 copy of this rank's gradients, and AdamW's root of the second moments.
-            mine = self.trained * sum(counts) // ranks
-            return 0 if engine.offload else 8 * min(mine, SUBGROUP if engine.stage == 3 else mine)
-        if self._optimizer.endswith("8bit"):
-            return 0 if self.cuda else 20 * max(counts)  # both moments in fp32 and what they become
+            # This rank's gradients in fp32 (those in bf16 are gone), and AdamW's root of the second
+            # moments: on a CPU that and its quotient.
+            mine = self.trained * whole // ranks
+            mine = min(mine, SUBGROUP) if engine.stage == 3 else mine
+            return 0 if engine.offload else (8 if self.cuda else 12) * mine
+        if self._optimizer.endswith("8bit"):  # on a CPU both moments in fp32, and their successors
+            return 4 * whole + (0 if self.cuda else 20 * largest)
         if self._optimizer.endswith("Muon"):
-            return 16 * max(counts)
+            return 4 * whole + 16 * largest
         if self.cuda and not self.cfg.optim.optimizer.get("fused", False):
-            return 4 * sum(counts)  # torch steps all tensors together: a root of each
-        return 8 * max(counts)
+            return 8 * whole  # torch steps all tensors together: a root of each
+        return 4 * whole + 8 * largest
 
     def _codec(self, what: str, rows: int) -> int:
         return self._curve(what, rows, False, False).peak()
@@ -363,7 +373,8 @@ class Footprint:
         call = Call(rows * (1 if cfg.sampler.guidance == 1 else 2), False)
         curve = self._curve("velocity", (call,), engine.half, checkpointing)
         decode = self._codec("decode", samples)
-        return {"evaluation": max(max(curve.other), decode)}
+        sampling = self._beside(engine, ranks) + max(curve.other)
+        return {"evaluation": max(sampling, decode)}
 
 
 def _unscored(*_: Any) -> Any:

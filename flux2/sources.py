@@ -76,9 +76,13 @@ def reachable(path: str) -> None:
 
 
 def _ask(path: str, request: Any) -> Any:
-    from httpx import HTTPError
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,  # of its network library, which one release called httpx and the next httpx2
+        RepositoryNotFoundError,
+    )
 
     get = f"hf download {path}"
     if constants.is_offline_mode():

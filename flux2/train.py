@@ -26,7 +26,7 @@ from flux2.data.sampler import IndexSampler
 from flux2.distributed import pick_device
 from flux2.engine import Engine
 from flux2.errors import InputError
-from flux2.export import export_autoencoder, export_run
+from flux2.export import Target, check_target, export_autoencoder, export_run
 from flux2.lineage import (
     check_lineage,
     check_same_base,
@@ -180,14 +180,18 @@ def assemble(cfg: DictConfig) -> Parts:
             f"engine={cfg.engine.name} shards an optimizer that works on flat pieces, and "
             f"{type(optimizer).__name__} does not: choose engine=none or ddp, or optim=adamw"
         )
-    evaluation = build(cfg.evaluation) if cfg.evaluation is not None else None
+    evaluation = build(cfg.evaluation) if cfg.get("evaluation") is not None else None
     reward = build(cfg.reward) if cfg.reward is not None else None
     score = Scorer(reward)
     method: Method = build(cfg.method, **({} if reward is None else {"score": score}))
     for name, spec in method.roles.items():
         _check_role(cfg, name, spec)
-    sampler = cfg.get("sampler")
-    schedule = schedule_hash(build(sampler.schedule)) if sampler is not None else None
+    schedule = None
+    if cfg.get("sampler") is not None:
+        grids = build(cfg.sampler.schedule)
+        schedule = schedule_hash(grids)
+        if cfg.train.export:
+            check_target(Target("diffusers", DTYPES[cfg.train.export_dtype], schedule=grids), None)
     init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
     check_lineage(cfg, init, method.accepts, schedule)
     return Parts(dataset, lora, rate, evaluation, reward, score, method, schedule)

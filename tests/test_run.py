@@ -21,6 +21,7 @@ STAGES = """
 import os, pathlib, signal, sys, time
 from flux2.checkpoint import write_checkpoint
 from flux2.errors import InputError
+from flux2.runs import Interrupt, resolve_resume
 
 def fine(cfg):
     time.sleep(1.1 if cfg.seed == 99 else 0)

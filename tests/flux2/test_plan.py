@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 import run  # noqa: F401  (registers what conf/ interpolates)
 from flux2.errors import InputError
-from flux2.footprint import Engine, Prediction
+from flux2.footprint import Engine, Footprint, Prediction
 from flux2.plan import GIB, Choice, fits, line, plan, recommend
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -58,7 +58,8 @@ def test_the_stage_prints_and_writes_what_it_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = composed("stage=plan", "plan=grpo", "adapter=lora", "plan.gpus=2", "plan.gpu_memory=4",
-                   f"run.dir={tmp_path}", "method.chunk=4")  # fmt: skip
+                   f"run.dir={tmp_path}", "method.chunk=4", "adapter.targets=[to_q]")  # fmt: skip
+    cfg.evaluation = None
     assert cfg.stage.name == "plan" and cfg.method._target_.endswith("GRPO")
     summary = plan(cfg)
     out = capsys.readouterr().out
@@ -72,16 +73,30 @@ def test_the_stage_prints_and_writes_what_it_found(
     assert {c["ranks"] for c in summary["choices"]} == {1, 2}
 
 
-def test_when_nothing_fits_it_says_what_to_change(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    common = ("stage=plan", "plan.gpus=1", f"run.dir={tmp_path}")
-    plan(composed(*common, "plan.gpu_memory=1.1", "plan.height=256"))
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "With method.micro=1 run engine=none" in last
-    plan(composed(*common, "plan.gpu_memory=1.001", "method.micro=1"))
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("Nothing fits: try adapter=lora")
+class Sized(Footprint):
+    """A footprint of 10 GiB for each sample of a micro-batch, whatever the engine."""
+
+    def predict(self, engine: Engine, ranks: int, checkpointing: bool) -> Prediction:
+        return Prediction({"weights": 10 * GIB}, {"pass": self.cfg.method.micro * 10 * GIB}, {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "last"),
+    [
+        (("plan.gpu_memory=80",), "With method.micro=1 run engine=none: 20.0 GiB of 80 on each"),
+        (("plan.gpu_memory=16",), "Nothing fits: try adapter=lora, data.cache=<folder> "),
+        (("plan.gpu_memory=16", "adapter=lora"), "Nothing fits: try model.quantise=nf4, "),
+        (("plan.gpu_memory=80", "method.micro=2"), "Run with engine=none: 30.0 GiB of 80 on "),
+    ],
+)
+def test_it_says_what_to_run_or_what_to_change(
+    overrides: tuple[str, ...], last: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("flux2.plan.Footprint", Sized)
+    plan(composed("stage=plan", "plan.gpus=1", "plan.height=64", f"run.dir={tmp_path}",
+                  "method.micro=16", *overrides))  # fmt: skip
+    assert last in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
