@@ -347,13 +347,17 @@ class Footprint:
             mine = self.trained * whole // ranks
             mine = min(mine, SUBGROUP) if engine.stage == 3 else mine
             return 0 if engine.offload else (8 if self.cuda else 12) * mine
+        # Ranks with copies sum their gradients in flat pieces (flux2.distributed.sum_gradients).
+        bucket = 4 * min(whole, (1 << 26) + largest) if ranks > 1 else 0
         if self._optimizer.endswith("8bit"):  # on a CPU both moments in fp32, and their successors
-            return 4 * whole + (0 if self.cuda else 20 * largest)
-        if self._optimizer.endswith("Muon"):
-            return 4 * whole + 16 * largest
-        if self.cuda and not self.cfg.optim.optimizer.get("fused", False):
-            return 8 * whole  # torch steps all tensors together: a root of each
-        return 4 * whole + 8 * largest
+            own = 0 if self.cuda else 20 * largest
+        elif self._optimizer.endswith("Muon"):
+            own = 16 * largest
+        elif self.cuda and not self.cfg.optim.optimizer.get("fused", False):
+            own = 4 * whole  # torch steps all tensors together: a root of each
+        else:
+            own = 8 * largest
+        return 4 * whole + max(own, bucket)
 
     def _codec(self, what: str, rows: int) -> int:
         return self._curve(what, rows, False, False).peak()

@@ -54,11 +54,16 @@ class Choice:
 
 
 def line(cfg: Any) -> str:
-    """What a training run that is about to start will take, in one line; no weight is read."""
+    """What a training run that is about to start will take, in one line; no weight is read. A run
+    does not end because its forecast fails: the line then says why."""
     cuda = torch.cuda.is_available() and not str(cfg.engine.device).startswith("cpu")
-    found = Footprint(cfg, cuda, brief=True).predict(
-        engine_of(cfg.engine), distributed.size(), cfg.engine.checkpointing
-    )
+    try:
+        found = Footprint(cfg, cuda, brief=True).predict(
+            engine_of(cfg.engine), distributed.size(), cfg.engine.checkpointing
+        )
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        return f"memory: not predicted ({type(error).__name__}: {why})"
     stays, passes = sum(found.stays.values()) / GIB, found.passing[found.phase] / GIB
     text = (
         f"memory: {found.peak / GIB:.2f} GiB a rank predicted, {stays:.2f} to stay and "

@@ -36,7 +36,7 @@ TIMES = (0.896, 0.256)
 """Times that bf16, too, multiplies by 1000 without loss: diffusers does so in the model's dtype."""
 TOLERANCE = {
     torch.float32: {"weights": 0.0, "lora": 1e-6, "velocity": 1e-4, "image": 1e-3},
-    torch.bfloat16: {"weights": 0.0, "lora": 1e-2, "velocity": 1e-2, "image": 5e-2},
+    torch.bfloat16: {"weights": 0.0, "lora": 1e-2, "velocity": 5e-2, "image": 5e-2},
 }
 """Largest relative difference, by the export's dtype. Weights are compared after rounding, so none
 is allowed there; LoRA's as B A."""

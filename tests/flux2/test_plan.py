@@ -132,6 +132,13 @@ def test_the_line_at_a_start_is_cheap_and_needs_no_weights() -> None:
     assert text.startswith("memory: ") and "GiB a rank predicted" in text and "\n" not in text
 
 
+def test_a_failed_forecast_is_told_and_ends_nothing() -> None:
+    cfg = composed("stage=sft")
+    cfg.method = {"_target_": "builtins.dict"}  # no method: it has no roles
+    text = line(cfg)
+    assert text.startswith("memory: not predicted (AttributeError: ") and "\n" not in text
+
+
 def test_the_line_says_when_a_gpu_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     class Card:
         total_memory = 2 * GIB
