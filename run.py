@@ -295,6 +295,8 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
         if isinstance(cause, InputError):
             return str(cause)
         cause = cause.__cause__
+    if isinstance(error, RecursionError):
+        return "the configuration includes itself: choose another file for one of its groups"
     text = str(error)
     if isinstance(error, InstantiationException):
         # A wrong argument comes from the configuration; what else a constructor raises is a crash.

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+FEW = {"stage3_max_live_parameters": 2_000_000, "stage3_max_reuse_distance": 2_000_000}
+"""Stage 3 keeps a billion parameters gathered by default, which is all of this model."""
 sys.path.insert(0, str(ROOT))
 
 
@@ -54,7 +56,7 @@ def rank_main(kind: str, width: int) -> None:
         Engine(roles, optimizer, LearningRate(), 1.0)
         if kind == "ddp"
         else Sharded(roles, optimizer, LearningRate(), 1.0,
-                     Zero(int(kind[-1]), "fp32", bucket=2_000_000), device)
+                     Zero(int(kind[-1]), "fp32", bucket=2_000_000, extra=FEW), device)
     )  # fmt: skip
     features = int(model.transformer.config.joint_attention_dim)  # pyright: ignore
 

@@ -325,14 +325,19 @@ class Footprint:
         cached = self.cfg.data.get("cache") is not None
         if collate.get("latents", True):
             phases["encoding"] = self._codec("encode", 16 if cached else rows)
-        if collate.get("text", True) and not self.released:
-            phases["prompts"] = self._text(rows)
+        if collate.get("text", True) and self.velocity:
+            phases["prompts"] = self._text(15 if cached else rows)
+        if self.released and self.velocity:
+            # The encoder is freed once the cache is full, when the engine is there already.
+            begun = self._states(engine, ranks) if engine.kind != "deepspeed" else 0
+            most = max(phases.pop("prompts", 0), phases.pop("encoding", 0))
+            phases["filling the cache"] = _bytes(self.parts["text_encoder"]) + most - begun
         phases |= self._evaluation(engine, ranks, checkpointing)
         return phases
 
     def _beside(self, engine: Engine, ranks: int) -> int:
-        """Bytes of weights that ZeRO-3 has gathered while a network runs."""
-        if engine.stage < 3 or ranks == 1:
+        """Bytes of weights that ZeRO-3 has gathered, or fetched, while a network runs."""
+        if engine.stage < 3 or (ranks == 1 and not engine.offload_weights):
             return 0
         wide, network = 2 if engine.half else 4, _count(self.parts["transformer"])
         return wide * min(network, LIVE + engine.bucket)
@@ -370,7 +375,8 @@ class Footprint:
 
     def _evaluation(self, engine: Engine, ranks: int, checkpointing: bool) -> dict[str, int]:
         cfg = self.cfg
-        if cfg.get("evaluation") is None or cfg.get("sampler") is None or not self.velocity:
+        wanted = OmegaConf.select(cfg, "evaluation._target_")
+        if not wanted or cfg.get("sampler") is None or not self.velocity:
             return {}
         samples = cfg.evaluation.prompts * cfg.evaluation.noises
         rows = min(cfg.sampler.chunk, -(-samples // ranks))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from flux2.types import Condition
 
+AT_ONCE = 1 << 18
+"""Pixels that are decoded at a time: 64 images of 64×64, one of 512×512."""
 REFERENCE_STRIDE = 10
 """Reference i stands at t = 10 + 10·i."""
 
@@ -170,6 +172,9 @@ class LatentCodec:
             return self.vae.decode(z).sample.float()  # pyright: ignore
 
     @torch.no_grad()
-    def decode(self, x: Tensor, grid: tuple[int, int], chunk: int = 64) -> Tensor:
-        """Tokens → uint8 b 3 H W."""
+    def decode(self, x: Tensor, grid: tuple[int, int], chunk: int | None = None) -> Tensor:
+        """Tokens → uint8 b 3 H W, `chunk` images at a time; by default as many as have AT_ONCE
+        pixels, but one at least."""
+        if chunk is None:
+            chunk = max(1, AT_ONCE // (grid[0] * grid[1] * self.patch**2))
         return torch.cat([to_uint8(self.decode_float(p, grid)) for p in x.split(chunk)])

@@ -180,7 +180,7 @@ def assemble(cfg: DictConfig) -> Parts:
             f"engine={cfg.engine.name} shards an optimizer that works on flat pieces, and "
             f"{type(optimizer).__name__} does not: choose engine=none or ddp, or optim=adamw"
         )
-    evaluation = build(cfg.evaluation) if cfg.get("evaluation") is not None else None
+    evaluation = build(cfg.evaluation) if OmegaConf.select(cfg, "evaluation._target_") else None
     reward = build(cfg.reward) if cfg.reward is not None else None
     score = Scorer(reward)
     method: Method = build(cfg.method, **({} if reward is None else {"score": score}))

@@ -31,6 +31,7 @@ OPTIONS = [
     (path.parent.name, path.stem)
     for path in sorted(CONF.glob("*/*.yaml"))
     if path.parent.name not in ("stage", "experiment")
+    and (path.parent.name, path.stem) != ("plan", "plan")  # conf/plan is a link to conf/stage
 ]
 
 
@@ -62,7 +63,7 @@ def own(cfg: DictConfig, said: str | None = None) -> dict[str, Any]:
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """(dotted path, node) of every mapping that names a `_target_`."""
     if isinstance(node, Mapping):
-        if "_target_" in node:
+        if node.get("_target_") is not None:  # null: nothing, as in evaluation=none
             yield path, dict(node)
         for key, value in node.items():
             yield from targets(value, f"{path}.{key}" if path else str(key))

@@ -177,3 +177,16 @@ def test_phases_of_online_rl_and_of_the_autoencoder() -> None:
     other: Any = Footprint(composed("stage=autoencoder"), cuda=False)
     seen = other.predict(Engine("none"), 1, False)
     assert set(seen.passing) == {"update", "pass of autoencoder"} and not other.shardable
+
+
+def test_a_released_encoder_is_there_while_the_cache_fills() -> None:
+    common = ("stage=sft", "model=klein-4b-base", "adapter=lora", "data.cache=cache")
+    kept, freed = (
+        Footprint(composed(*common, f"data.release_encoder={value}"), size=(64, 64, 0))
+        for value in ("false", "true")
+    )
+    stays = [f._stays(Engine("none"), 1)[0] for f in (kept, freed)]
+    encoder = stays[0]["text encoder"]
+    assert encoder > 5 << 30 and stays[1]["text encoder"] == 0
+    phases = freed._passing(Engine("none"), 1, 64, True)
+    assert encoder < phases["filling the cache"] < 1.3 * encoder and "prompts" not in phases
