@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flux2 import quantise
 from flux2.errors import InputError
 from flux2.rng import keyed
 
@@ -121,7 +122,7 @@ def deltas(backbone: nn.Module, name: str) -> dict[str, Tensor]:
 def merged(backbone: nn.Module, name: str | None) -> dict[str, Tensor]:
     """The backbone's weights under diffusers' plain names, fp32, with adapter `name` folded in."""
     out: dict[str, Tensor] = {}
-    for key, value in backbone.state_dict().items():
+    for key, value in quantise.state_dict(backbone).items():
         if "lora_" not in key:
             out[key.replace(".base_layer", "")] = value.float().clone()
     if name is not None:

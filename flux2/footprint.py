@@ -22,6 +22,7 @@ from torch import nn
 from flux2 import adapters, quantise
 from flux2.activations import Curve
 from flux2.adapters import LoRA
+from flux2.checkpoint import MAX_BYTES
 from flux2.errors import InputError
 from flux2.model import AUTOCAST, DTYPES, meta_parts
 from flux2.optim8 import state_bytes
@@ -80,7 +81,7 @@ class Prediction:
     Attributes:
         stays: parts that are there all the time.
         passing: phases; the largest counts.
-        host: parts of host memory.
+        host: parts of host memory, of the first rank, which exports.
     """
 
     stays: Mapping[str, int]
@@ -274,7 +275,10 @@ class Footprint:
             stays["buckets"] = wide * engine.bucket * (1 if engine.stage < 3 else 2)
         if engine.stage == 3:  # one flat buffer, made at the beginning
             stays["gradient shards"] = 0 if engine.offload else wide * own // ranks
-        host["checkpoint"] = (4 * (self.trained + self.followers) * one + 8 * own) // ranks
+        whole = _count(self.parts["transformer" if self.velocity else "vae"])
+        exported = 4 * whole if self.cfg.train.get("export", False) else 0
+        share = (4 * (self.trained + self.followers) * one + 8 * own) // ranks
+        host["checkpoint or export"] = max(min(share, MAX_BYTES), exported)
         return stays, host
 
     def _states(self, engine: Engine, ranks: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flux2.types import Condition
 
 AT_ONCE = 1 << 18
-"""Pixels that are decoded at a time: 64 images of 64×64, one of 512×512."""
+"""Pixels that the autoencoder is given at a time: 64 images of 64×64, one of 512×512."""
 REFERENCE_STRIDE = 10
 """Reference i stands at t = 10 + 10·i."""
 
@@ -158,7 +158,12 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 b 3 H W → tokens b n c, fp32: the posterior's mode, not a sample."""
+        """uint8 b 3 H W → tokens b n c, fp32: the posterior's mode, not a sample. As many images at
+        a time as `decode` takes."""
+        chunk = max(1, AT_ONCE // (images.shape[-2] * images.shape[-1]))
+        return torch.cat([self._encode(part) for part in images.split(chunk)])
+
+    def _encode(self, images: Tensor) -> Tensor:
         weight = next(self.vae.parameters())
         with torch.autocast(weight.device.type, self.autocast, enabled=self.autocast is not None):
             posterior = self.vae.encode(to_float(images).to(weight)).latent_dist  # pyright: ignore

@@ -148,7 +148,7 @@ def advice(cfg: Any, footprint: Footprint, best: Choice | None, asked: Any) -> s
     if best is not None:
         return (
             f"Run with {best.command}: {best.found.peak / GIB:.1f} GiB of {asked.gpu_memory:g} on "
-            f"each GPU, {best.found.host_peak / GIB:.0f} GiB of host memory a rank."
+            f"each GPU, {best.found.host_peak / GIB:.0f} GiB of host memory for the first rank."
         )
     key = "method.chunk" if cfg.method.get("chunk") is not None else "method.micro"
     name = key.removeprefix("method.")
@@ -195,7 +195,7 @@ def _dict(chosen: Choice) -> list[str]:
     out = [f"{chosen.command}, each rank, GiB"]
     out += [f"  {name:24}{size / GIB:9.2f}" for name, size in rows]
     out.append(f"  {'peak (in ' + found.phase + ')':24}{found.peak / GIB:9.2f}")
-    return [*out, f"  {'host memory':24}{found.host_peak / GIB:9.2f}"]
+    return [*out, f"  {'host, first rank':24}{found.host_peak / GIB:9.2f}"]
 
 
 def _table(choices: list[Choice], memory: float) -> list[str]:

@@ -73,6 +73,11 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"data.caption_dropout is {cfg.data.caption_dropout}: give 0 to 1")
     if cfg.data.release_encoder and cfg.data.cache is None:
         raise InputError("data.release_encoder needs data.cache: give a folder to encode into")
+    if cfg.data.release_encoder and cfg.model.path is None and cfg.train.export:
+        raise InputError(
+            "data.release_encoder frees an encoder that the export needs and no folder holds: set "
+            "train.export=false, or give a model.path"
+        )
     check_model(cfg.model)
     OmegaConf.to_container(cfg, throw_on_missing=True, resolve=True)
 
@@ -244,16 +249,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             for line in filter(None, lines):
                 print(line, flush=True)
         model = parts.score.model = load_initial(cfg, device)
-        engine = build_engine(cfg, parts, model)
-        if resumed is not None:
-            check_same_base(cfg, run.manifest, model.info.hash)
-            _restore(engine, parts, load_checkpoint(resumed, verify=False))
         collate = Collator(model, **cfg.data.collate, cache=_cache(cfg, model, parts.dataset))
         data = Loader(
             parts.dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout
         )
         if cfg.data.release_encoder:
             _release(data, parts.evaluation)
+        engine = build_engine(cfg, parts, model)
+        if resumed is not None:
+            check_same_base(cfg, run.manifest, model.info.hash)
+            _restore(engine, parts, load_checkpoint(resumed, verify=False))
         run.update(
             result_role=parts.method.result or cfg.model.role,
             base=asdict(model.info),

@@ -200,7 +200,7 @@ def test_stored_bytes_are_what_is_stored(name: str, shape: tuple[int, int]) -> N
         tensors = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax,
                    state.state2.code]  # fmt: skip
     else:
-        tensors = [b for b in layer.buffers()]
+        tensors = list(layer.buffers())
     kept = sum(t.numel() * t.element_size() for t in tensors)  # pyright: ignore
     assert kept == quantise.stored_bytes(name, shape)
 
