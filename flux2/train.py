@@ -78,7 +78,6 @@ def check(cfg: DictConfig) -> None:
             "data.release_encoder frees an encoder that the export needs and no folder holds: set "
             "train.export=false, or give a model.path"
         )
-    check_model(cfg.model)
     OmegaConf.to_container(cfg, throw_on_missing=True, resolve=True)
 
 
@@ -191,6 +190,7 @@ def assemble(cfg: DictConfig) -> Parts:
     method: Method = build(cfg.method, **({} if reward is None else {"score": score}))
     for name, spec in method.roles.items():
         _check_role(cfg, name, spec)
+    check_model(cfg.model)  # after the rest: it imports the models' classes, which takes seconds
     schedule = None
     if cfg.get("sampler") is not None:
         grids = build(cfg.sampler.schedule)

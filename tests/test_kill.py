@@ -343,7 +343,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("stage", ["sft", "nft-lora"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("nft-lora", marks=pytest.mark.slow)])
 def test_a_stage_that_is_killed_again_and_again_ends_as_one_that_is_not(
     stage: str, tmp_path: Path, forks: Forks
 ) -> None:

@@ -41,7 +41,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
     "stage",
     [
         ("grpo", "method.window.count=1", "method.window.skip=0"),
-        ("nft",),
+        pytest.param(("nft",), marks=pytest.mark.slow),
         ("nft", "adapter=lora"),
     ],
     ids=["grpo", "nft", "nft-lora"],
