@@ -23,8 +23,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FEW = {"stage3_max_live_parameters": 2_000_000, "stage3_max_reuse_distance": 2_000_000}
-"""Stage 3 keeps a billion parameters gathered by default, which is all of this model."""
+FEW = {
+    "stage3_max_live_parameters": 2_000_000,
+    "stage3_max_reuse_distance": 2_000_000,
+    "sub_group_size": 2_000_000,
+}
+"""Stage 3 keeps a billion parameters gathered, and updates many at a time: all of this model."""
 sys.path.insert(0, str(ROOT))
 
 

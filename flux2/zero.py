@@ -72,6 +72,8 @@ class Zero:
             sharding |= {
                 "stage3_prefetch_bucket_size": self.bucket,
                 "stage3_max_live_parameters": 1_000_000_000,
+                # The update makes fp32 copies of as many gradients; the default is ten times this.
+                "sub_group_size": 100_000_000,
                 # A parameter that is kept gathered would not show a follower's new average.
                 "stage3_param_persistence_threshold": 0,
             }

