@@ -179,11 +179,11 @@ class HeldOut:
         if self.every and step % self.every == 0:
             self._measure(step)
 
-    def _measure(self, step: int) -> dict[str, float]:
+    def _measure(self, step: int) -> None:
         shot = self.evaluate(self._model, self._role, f"evaluating at step {step}")
         self._measured.add(step)
         if not distributed.is_main():
-            return {}
+            return
         # Beside their place first, and the records last: they say that the pictures are there.
         path, temporary = self._folder / f"step_{step:06d}", self._folder / "unfinished"
         pictures = io.BytesIO()
@@ -192,13 +192,12 @@ class HeldOut:
         shot.results.save(temporary)
         temporary.replace(path.with_suffix(".jsonl"))
         self._history[step] = shot
-        means = {name: row["mean"] for name, row in summarise(shot.results.scores).items()}
+        means = self.latest(step)
         shown = self.headline or list(means)[:4]
         self._log.print(
             f"step {step}: held-out "
             + ", ".join(f"{n} {means[n]:.3f}" for n in shown if n in means)
         )
-        return means
 
     def finish(self, step: int) -> dict[str, Any]:
         """Evaluates the result, prints the table before/after, draws pictures; the summary."""
@@ -293,15 +292,14 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     """stage=eval: a model's or a run's scores on held-out prompts, with ceilings and pictures."""
     from flux2.adapters import Switch
     from flux2.distributed import pick_device
-    from flux2.lineage import ROLES, check_lineage, resolve_init
+    from flux2.lineage import ROLES, check_lineage, init_of
     from flux2.model import AUTOCAST, check_model, load_initial
     from flux2.roles import VelocityRole
     from flux2.runs import Run
     from flux2.train import build
 
     check_model(cfg.model)
-    init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
-    check_lineage(cfg, init, ROLES)
+    check_lineage(cfg, init_of(cfg), ROLES)
     held: HeldOut = build(cfg.evaluation)
     run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)
     try:

@@ -2,8 +2,9 @@
 
 import logging
 
-# diffusers imports these where they are installed, used or not, and they tell of every kernel that
-# this machine lacks. What a run asks of them is checked by flux2/quantise.py.
+# diffusers imports these where they are installed, used or not. bitsandbytes then warns of CPU
+# kernels on the hub, which it would fetch and run, and torchao of each CUDA extension that is not
+# for this torch. What a run asks of them is checked by flux2/quantise.py.
 for _name in (
     "torchao",
     "bitsandbytes",

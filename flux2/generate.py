@@ -103,7 +103,7 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     from flux2.data.loader import Collator
     from flux2.data.record import Record
     from flux2.distributed import pick_device
-    from flux2.lineage import ROLES, check_lineage, resolve_init, schedule_hash
+    from flux2.lineage import ROLES, check_lineage, init_of, schedule_hash
     from flux2.log import grid as picture
     from flux2.model import AUTOCAST, check_model, load_initial
     from flux2.roles import VelocityRole
@@ -113,8 +113,7 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     if cfg.count < 1:
         raise InputError(f"count is {cfg.count}: it must be at least 1")
     check_model(cfg.model)
-    init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
-    check_lineage(cfg, init, ROLES)
+    check_lineage(cfg, init_of(cfg), ROLES)
     sampler: Sampler = build(cfg.sampler)
     run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)
     if cfg.prompts:

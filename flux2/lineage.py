@@ -88,6 +88,11 @@ def resolve_init(path: str | Path) -> Init:
     return on_main(lambda: find_init(path))
 
 
+def init_of(cfg: DictConfig) -> Init | None:
+    """What cfg.init_from names, verified; None where it names nothing. Every rank must call."""
+    return resolve_init(cfg.init_from) if cfg.init_from is not None else None
+
+
 def find_init(path: str | Path) -> Init:
     """resolve_init for one process alone."""
     path = Path(path).resolve()

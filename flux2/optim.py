@@ -7,7 +7,8 @@ move idle roles by their momentum and weight decay. So `step` sees the active ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -103,6 +104,17 @@ def _groups(named: Mapping[str, Mapping[str, nn.Parameter]], lr: float) -> list[
     ]
 
 
+@contextmanager
+def only(optimizer: torch.optim.Optimizer, role: str | None) -> Iterator[None]:
+    """Inside, the optimizer has the groups of `role` alone."""
+    everyone = optimizer.param_groups
+    optimizer.param_groups = [g for g in everyone if g["role"] == role]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = everyone
+
+
 class TurnAdamW(torch.optim.AdamW):
     """AdamW that steps the active role's group.
 
@@ -128,12 +140,8 @@ class TurnAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         """Updates the groups of `active`; the others keep weights and moments."""
-        everyone = self.param_groups
-        self.param_groups = [g for g in everyone if g["role"] == self.active]
-        try:
+        with only(self, self.active):
             return super().step(closure)
-        finally:
-            self.param_groups = everyone
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """exp_avg and exp_avg_sq."""
@@ -198,12 +206,8 @@ class TurnMuon:
         """Updates the groups of `active`."""
         for twin, p in self._flat:
             twin.grad = None if p.grad is None else p.grad.flatten(1)
-        everyone = self._muon.param_groups
-        self._muon.param_groups = [g for g in everyone if g["role"] == self.active]
-        try:
+        with only(self._muon, self.active):
             self._muon.step()
-        finally:
-            self._muon.param_groups = everyone
         self._adamw.active = self.active
         self._adamw.step()
 

@@ -7,14 +7,13 @@ torchao's compiles its step for each shape of parameter, and takes no lr but a t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from flux2.errors import InputError
-from flux2.optim import _groups
+from flux2.optim import _groups, only
 
 BLOCK, SMALL = 256, 4096
 _MOMENTS = ("state1", "state2")
@@ -45,7 +44,6 @@ class TurnAdamW8bit:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
@@ -70,12 +68,8 @@ class TurnAdamW8bit:
 
     def step(self) -> None:
         """Updates the groups of `active`; the others keep weights and moments."""
-        everyone = self._inner.param_groups
-        self._inner.param_groups = [g for g in everyone if g["role"] == self.active]
-        try:
+        with only(self._inner, self.active):
             self._inner.step()
-        finally:
-            self._inner.param_groups = everyone
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Both moments, with their scales where they are in 8 bits; {} before the first update."""

@@ -14,7 +14,6 @@ dequantised weight for the backward pass, as large as the weights that were save
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -248,16 +247,12 @@ def _nf4_class() -> Any:
 
 
 def _bitsandbytes() -> Any:
-    # It warns of CPU kernels on the hub, which it would fetch and run.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
 
     return bitsandbytes
 
 
 def _torchao() -> Any:
-    # It warns of each of its CUDA extensions that is not for this torch; none is used here.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchao import quantization
 
     return quantization

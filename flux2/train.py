@@ -31,8 +31,8 @@ from flux2.lineage import (
     check_lineage,
     check_same_base,
     describe,
+    init_of,
     licence_note,
-    resolve_init,
     schedule_hash,
 )
 from flux2.log import Log
@@ -41,6 +41,7 @@ from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial
 from flux2.optim import LearningRate
 from flux2.roles import Roles
 from flux2.runs import Run, resolve_resume
+from flux2.schedule import Schedule
 from flux2.types import Batch, Deferred, Method, RoleSpec, Scores
 from flux2.zero import Sharded, Zero, check_zero
 
@@ -158,7 +159,12 @@ class Parts:
     reward: Any
     score: Scorer
     method: Method
-    schedule: str | None
+    schedule: Schedule | None
+
+    @property
+    def schedule_hash(self) -> str | None:
+        """Of the sampler's schedule; None where the stage has no sampler."""
+        return None if self.schedule is None else schedule_hash(self.schedule)
 
     def close(self) -> None:
         """Ends the processes that the parts have started."""
@@ -191,15 +197,12 @@ def assemble(cfg: DictConfig) -> Parts:
     for name, spec in method.roles.items():
         _check_role(cfg, name, spec)
     check_model(cfg.model)  # after the rest: it imports the models' classes, which takes seconds
-    schedule = None
-    if cfg.get("sampler") is not None:
-        grids = build(cfg.sampler.schedule)
-        schedule = schedule_hash(grids)
-        if cfg.train.export:
-            check_target(Target("diffusers", DTYPES[cfg.train.export_dtype], schedule=grids), None)
-    init = resolve_init(cfg.init_from) if cfg.init_from is not None else None
-    check_lineage(cfg, init, method.accepts, schedule)
-    return Parts(dataset, lora, rate, evaluation, reward, score, method, schedule)
+    schedule = build(cfg.sampler.schedule) if cfg.get("sampler") is not None else None
+    if schedule is not None and cfg.train.export:
+        check_target(Target("diffusers", DTYPES[cfg.train.export_dtype], schedule=schedule), None)
+    parts = Parts(dataset, lora, rate, evaluation, reward, score, method, schedule)
+    check_lineage(cfg, init_of(cfg), method.accepts, parts.schedule_hash)
+    return parts
 
 
 def _check_role(cfg: DictConfig, name: str, spec: RoleSpec) -> None:
@@ -263,7 +266,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             result_role=parts.method.result or cfg.model.role,
             base=asdict(model.info),
             trained=list(engine.roles.trainable),
-            schedule_hash=parts.schedule,
+            schedule_hash=parts.schedule_hash,
         )
         with Log(run.path, cfg.logger, cfg.train.steps, engine.step) as log:
             log.print(_headline(cfg, model, engine.roles, parts.lora))
@@ -380,7 +383,7 @@ def _export(
         folder,
         DTYPES[cfg.train.export_dtype],
         role=parts.method.result or cfg.model.role,
-        schedule=build(cfg.sampler.schedule) if cfg.get("sampler") is not None else None,
+        schedule=parts.schedule,
         lineage=run.manifest if distributed.is_main() else {},
     )
 

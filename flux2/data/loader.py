@@ -177,13 +177,10 @@ class Loader:
 
     def fill(self) -> None:
         """Encodes every record into the cache; the ranks share the work."""
-        groups: dict[object, list[int]] = {}
-        for index in range(len(self.dataset)):
-            groups.setdefault(self.dataset.bucket_of(index), []).append(index)
-        chunks = [g[k : k + 16] for g in groups.values() for k in range(0, len(g), 16)]
+        chunks = [b[k : k + 16] for b in self._sampler.buckets for k in range(0, len(b), 16)]
         mine = chunks[distributed.rank() :: distributed.size()]
         for chunk in tqdm(mine, desc="encoding", leave=False, dynamic_ncols=True, disable=None):
-            records = [r for r in map(self._one, chunk) if r is not None]
+            records = [r for r in map(self._one, chunk.tolist()) if r is not None]
             if records:
                 self.collate(records, torch.arange(len(records)))
         distributed.barrier()

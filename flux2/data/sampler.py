@@ -32,7 +32,8 @@ class IndexSampler:
             raise InputError("the dataset holds no record: check data")
 
     @functools.cached_property
-    def _buckets(self) -> list[np.ndarray]:
+    def buckets(self) -> list[np.ndarray]:
+        """Record indices by bucket."""
         found: dict[tuple[int, int, int], list[int]] = {}
         for index in range(len(self.dataset)):
             found.setdefault(self.dataset.bucket_of(index), []).append(index)
@@ -41,12 +42,12 @@ class IndexSampler:
     @functools.cached_property
     def batches_per_epoch(self) -> int:
         """Steps that one pass over the records takes."""
-        return sum(-(-len(b) // self.batch_size) for b in self._buckets)
+        return sum(-(-len(b) // self.batch_size) for b in self.buckets)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (a sampler lives as long as its run)
     def _epoch(self, epoch: int) -> np.ndarray:
         g, rows = keyed(self.seed, "data", epoch), []
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             order = g.permutation(bucket)
             order = np.resize(order, -(-len(order) // self.batch_size) * self.batch_size)
             rows.append(order.reshape(-1, self.batch_size))
