@@ -18,14 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flux2.errors import InputError
-from flux2.flow import LogitNormal, TimeDensity, interpolate, target_velocity
+from flux2.flow import LogitNormal, TimeDensity
 from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import EmpiricalShift, Schedule
 from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
-from posttrain._common import check_group, rollout, weigh
-from posttrain.axes import Advantage, Anchor, GroupRelative
+from posttrain._common import Noised, check_group, check_positive, rollout, weigh, weighted
+from posttrain.advantages import Advantage, GroupRelative
+from posttrain.axes import Anchor, clipped
 
 
 @dataclass
@@ -60,10 +60,8 @@ class AWM:
 
     def __post_init__(self) -> None:
         check_group(self.group)
-        for name, value in (("eps", self.eps), ("chunk", self.chunk), ("times", self.times),
-                            ("updates", self.updates)):  # fmt: skip
-            if value <= 0:
-                raise InputError(f"method.{name} is {value}: it must be positive")
+        check_positive({"eps": self.eps, "chunk": self.chunk, "times": self.times,
+                        "updates": self.updates})  # fmt: skip
         self.anchor.needs_velocity()
         self.schedule(self.steps, 1)
         self._metrics: dict[str, float | Tensor] = {}
@@ -105,40 +103,29 @@ class AWM:
         if self.updates == 1:
             return batch
         with torch.no_grad():
-            old = self._matching(roles["policy"], batch, rng)[0]
+            at = Noised.draw(batch, self.density, rng, k)
+            old = at.matching(roles["policy"](at.x, at.t, batch.cond))
         return replace(batch, extra={**batch.extra, "old": old})
-
-    def _matching(self, role: Any, batch: Batch, rng: Rng) -> tuple[Tensor, ...]:
-        """ℓ: b; then x_t and v, b n c, and t: b."""
-        x0, cond, k = batch.x0, batch.cond, int(batch.extra["k"][0])
-        assert x0 is not None and cond is not None
-        t = self.density(rng.uniform("time", batch.ids, counter=k)).to(x0.device)
-        eps = rng("noise", batch.ids, batch.shape, counter=k).to(x0.device)
-        x = interpolate(x0, eps, t)
-        v = role(x, t, cond)
-        return (v - target_velocity(x0, eps)).square().mean((1, 2)), x, v, t
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Weighted sum over one chunk at one draw of noise levels."""
         assert batch.weight is not None and batch.cond is not None
-        error, x, v, t = self._matching(roles["policy"], batch, rng)
+        at = Noised.draw(batch, self.density, rng, int(batch.extra["k"][0]))
+        v = roles["policy"](at.x, at.t, batch.cond)
+        error = at.matching(v)
         old, a = batch.extra.get("old", error.detach()), batch.extra["advantage"].to(error.device)
-        ratio = (old - error).exp()
-        term = -torch.minimum(ratio * a, ratio.clamp(1 - self.eps, 1 + self.eps) * a)
+        term, cut = clipped((old - error).exp(), a, self.eps)
         valid = batch.weight.to(error.device) > 0
         metrics: dict[str, float | Tensor] = {
             "matching": error[valid].mean(),
-            "clip_high": ((ratio > 1 + self.eps) & (a > 0))[valid].float().mean(),
-            "clip_low": ((ratio < 1 - self.eps) & (a < 0))[valid].float().mean(),
+            **{name: share[valid].mean() for name, share in cut.items()},
             "speed": v.square().mean(),
         }
         if self.anchor.weight:
-            divergence = self.anchor.velocity(roles, x, t, batch.cond, v)
+            divergence = self.anchor.velocity(roles, at.x, at.t, batch.cond, v)
             metrics["kl"] = divergence.mean()
             term = term + self.anchor.weight * divergence
-        weight = batch.weight.to(term.device)
-        loss = (weight * term).sum()
-        return loss, {"loss": loss.detach() / weight.sum(), **metrics}
+        return weighted(batch, term, metrics)
 
     def metrics(self) -> Metrics:
         """Of the last rollout."""

@@ -25,6 +25,7 @@ from flux2.rng import Rng
 from flux2.samplers import guided, sample_euler
 from flux2.schedule import EmpiricalShift, Grid, Schedule
 from flux2.types import Batch, Condition, DirectScore, Metrics, RoleSpec, Turn, Velocity
+from posttrain._common import check_positive, weighted
 from posttrain.axes import Anchor
 
 
@@ -36,9 +37,7 @@ class Through(Protocol):
         ...
 
 
-def _euler(
-    policy: Velocity, x: Tensor, cond: Condition, grid: Grid, steps: range
-) -> Tensor:
+def _euler(policy: Velocity, x: Tensor, cond: Condition, grid: Grid, steps: range) -> Tensor:
     """Euler's steps of those numbers: b n c."""
     for i in steps:
         sigma, after = grid.sigmas[i : i + 2]
@@ -53,8 +52,7 @@ class LastSteps:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InputError(f"method.through.count is {self.count}: it must be at least 1")
+        check_positive({"through.count": self.count})
 
     def __call__(self, policy: Velocity, x: Tensor, batch: Batch, grid: Grid, rng: Rng) -> Tensor:
         """See `Through`."""
@@ -147,10 +145,7 @@ class Direct:
     result: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        for name, value in (("samples", self.samples), ("chunk", self.chunk),
-                            ("bound", self.bound)):  # fmt: skip
-            if value <= 0:
-                raise InputError(f"method.{name} is {value}: it must be positive")
+        check_positive({"samples": self.samples, "chunk": self.chunk, "bound": self.bound})
         self.anchor.needs_velocity()
         self.schedule(self.steps, 1)
         self.score.check_gradient()
@@ -194,8 +189,7 @@ class Direct:
             divergence = self.anchor.velocity(roles, x, t, batch.cond, v)
             metrics["kl"] = divergence.mean()
             term = term + self.anchor.weight * divergence
-        loss = (weight * term).sum()
-        return loss, {"loss": loss.detach() / weight.sum(), **metrics}
+        return weighted(batch, term, metrics)
 
     def _shorten(self, grad: Tensor, weight: Tensor) -> Tensor:
         """∂L/∂x̂0, b n c, each sample's at most `bound` times its weight long."""

@@ -19,7 +19,7 @@ arXiv 2402.13228): a pair then counts as satisfied only where the winner has not
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,9 +28,10 @@ from torch.nn.functional import logsigmoid
 
 from flux2.distributed import gather, is_main
 from flux2.errors import InputError
-from flux2.flow import LogitNormal, TimeDensity, interpolate, target_velocity
+from flux2.flow import LogitNormal, TimeDensity
 from flux2.rng import Rng
-from flux2.types import Batch, Condition, Metrics, RoleSpec, Turn, Velocity, cat_conditions
+from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity, cat_conditions
+from posttrain._common import Noised, check_positive, weighted
 
 
 @dataclass
@@ -56,9 +57,7 @@ class DPO:
     result: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        for name, value in (("beta", self.beta), ("micro", self.micro), ("alarm", self.alarm)):
-            if not value > 0:
-                raise InputError(f"method.{name} is {value}: it must be positive")
+        check_positive({"beta": self.beta, "micro": self.micro, "alarm": self.alarm})
         if not self.hold >= 0:
             raise InputError(f"method.hold is {self.hold}: it must be at least 0")
         if not 0 <= self.smoothing < 0.5:
@@ -89,33 +88,34 @@ class DPO:
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Weighted sum over the micro-batch's pairs."""
-        winner, cond, weight = batch.x0, batch.cond, batch.weight
-        assert winner is not None and cond is not None and weight is not None
-        t = self.density(rng.uniform("time", batch.ids)).to(winner.device)  # b
-        eps = rng("noise", batch.ids, batch.shape).to(winner.device)  # b n c
-        x0 = torch.cat([winner, batch.extra["loser"].to(winner)])  # (2 b) n c
-        shared = (x0, torch.cat([eps, eps]), torch.cat([t, t]), cat_conditions([cond, cond]))
-        policy = matching(roles["policy"], *shared)
+        winner, cond = Noised.draw(batch, self.density, rng), batch.cond
+        assert cond is not None and batch.weight is not None
+        loser = replace(winner, x0=batch.extra["loser"].to(winner.x0))
+        x, t = torch.cat([winner.x, loser.x]), torch.cat([winner.t, loser.t])  # (2 b) n c, (2 b)
+        both = cat_conditions([cond, cond])
+
+        def matching(role: Velocity) -> Tensor:  # (2 b)
+            v = role(x, t, both).chunk(2)
+            return torch.cat([winner.matching(v[0]), loser.matching(v[1])])
+
+        policy = matching(roles["policy"])
         with torch.no_grad():
-            reference = matching(roles["reference"], *shared)
+            reference = matching(roles["reference"])
         won, lost = (policy - reference).chunk(2)  # b each
         margin = -self.beta / 2 * (won - lost)
         held = margin - self.hold * self.beta / 2 * won.clamp(min=0)
         term = -(1 - self.smoothing) * logsigmoid(held) - self.smoothing * logsigmoid(-held)
-        weight = weight.to(term.device)
-        loss = (weight * term).sum()
         with torch.no_grad():
-            counts = weight > 0
+            counts = batch.weight.to(term.device) > 0
             rows = torch.stack([policy.chunk(2)[0], reference.chunk(2)[0]], 1)
             self._losses.append(rows[counts].detach())
             metrics: dict[str, float | Tensor] = {
-                "loss": term[counts].mean(),
                 "margin": margin[counts].mean(),
                 "accuracy": (margin[counts] > 0).float().mean(),
                 "winner_gap": won[counts].mean(),
                 "loser_gap": lost[counts].mean(),
             }
-        return loss, metrics
+        return weighted(batch, term, metrics)
 
     def metrics(self) -> Metrics:
         """The winners' own loss beside the reference's, over the step's pairs of all ranks; warns
@@ -144,9 +144,3 @@ class DPO:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of state_dict."""
         self._alarmed = bool(state["alarmed"])
-
-
-def matching(role: Velocity, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    """ℓ = ‖v − (ε − x0)‖² averaged over dimensions; x0, eps: b n c, t: b → b."""
-    v = role(interpolate(x0, eps, t), t, cond)
-    return (v - target_velocity(x0, eps)).square().mean((1, 2))

@@ -34,17 +34,9 @@ from flux2.rng import Rng
 from flux2.samplers import guided, sample_sde
 from flux2.schedule import EmpiricalShift, Grid, Schedule
 from flux2.types import Batch, Condition, Metrics, RoleSpec, Score, Turn, Velocity
-from posttrain._common import Scoring, check_group, told, weigh
-from posttrain.axes import (
-    Advantage,
-    Anchor,
-    Clip,
-    FirstSteps,
-    GroupRelative,
-    Replayed,
-    Surrogate,
-    Window,
-)
+from posttrain._common import Scoring, check_group, told, weigh, weighted
+from posttrain.advantages import Advantage, GroupRelative
+from posttrain.axes import Anchor, Clip, FirstSteps, Replayed, Surrogate, Window
 
 
 @dataclass
@@ -125,9 +117,7 @@ class GRPO:
         if self._floor is None:
             self._measure_floor(self._trained(roles["policy"]), rollouts[0][0], grid)
         self._metrics = {**told(scores), "window": float(window[0]), **adv.metrics}
-        parts = zip(
-            adv.value.split(self.chunk), adv.valid.split(self.chunk), rollouts, strict=True
-        )
+        parts = zip(adv.value.split(self.chunk), adv.valid.split(self.chunk), rollouts, strict=True)
         chunks = list(parts)
         for k in range(self.updates):
             yield [
@@ -189,9 +179,7 @@ class GRPO:
             divergence = self._divergence(roles, e["x"], cond, grid, i, v, law)  # b
             metrics["kl"] = divergence.mean()
             term = term + self.anchor.weight * divergence
-        weight = batch.weight.to(term.device)
-        loss = (weight * term).sum()
-        return loss, {"loss": loss.detach() / weight.sum(), **metrics}
+        return weighted(batch, term, metrics)
 
     def _divergence(
         self, roles: Mapping[str, Any], x: Tensor, cond: Condition, grid: Grid, i: int,

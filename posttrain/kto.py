@@ -26,9 +26,10 @@ from torch import Tensor
 
 from flux2.distributed import gather
 from flux2.errors import InputError
-from flux2.flow import LogitNormal, TimeDensity, interpolate, target_velocity
+from flux2.flow import LogitNormal, TimeDensity
 from flux2.rng import Rng
 from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity
+from posttrain._common import Noised, check_positive, weighted
 
 
 @dataclass
@@ -52,10 +53,8 @@ class KTO:
     result: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        for name, value in (("beta", self.beta), ("desirable", self.desirable),
-                            ("undesirable", self.undesirable), ("micro", self.micro)):  # fmt: skip
-            if not value > 0:
-                raise InputError(f"method.{name} is {value}: it must be positive")
+        check_positive({"beta": self.beta, "desirable": self.desirable,
+                        "undesirable": self.undesirable, "micro": self.micro})  # fmt: skip
         self._metrics: dict[str, float | Tensor] = {}
 
     @property
@@ -94,12 +93,9 @@ class KTO:
 
     def _matching(self, role: Velocity, batch: Batch, rng: Rng) -> Tensor:
         """ℓ: b."""
-        x0, cond = batch.x0, batch.cond
-        assert x0 is not None and cond is not None
-        t = self.density(rng.uniform("time", batch.ids)).to(x0.device)  # b
-        eps = rng("noise", batch.ids, batch.shape).to(x0.device)  # b n c
-        v = role(interpolate(x0, eps, t), t, cond)
-        return (v - target_velocity(x0, eps)).square().mean((1, 2))
+        at = Noised.draw(batch, self.density, rng)
+        assert batch.cond is not None
+        return at.matching(role(at.x, at.t, batch.cond))
 
     def _reward(self, policy: Tensor, reference: Tensor) -> Tensor:
         """r: b."""
@@ -107,15 +103,13 @@ class KTO:
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Weighted sum over the micro-batch."""
-        assert batch.weight is not None
         matching = self._matching(roles["policy"], batch, rng)
         reward = self._reward(matching, batch.extra["reference"])
         label = batch.extra["label"].to(reward)
         utility = (label * (reward - batch.extra["q"])).sigmoid()
         scale = torch.where(label > 0, self.desirable, self.undesirable)
         term = scale * (1 - utility)
-        loss = (batch.weight.to(term.device) * term).sum()
-        return loss, {"loss": term.mean()}
+        return weighted(batch, term, {})
 
     def metrics(self) -> Metrics:
         """Of the step's batch, before its update; liked and disliked are the mean implicit rewards

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from flux2.errors import InputError
-from flux2.flow import LogitNormal, TimeDensity, interpolate, x0_from_velocity
+from flux2.flow import LogitNormal, TimeDensity, x0_from_velocity
 from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import EmpiricalShift, Schedule
 from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
-from posttrain._common import check_group, rollout, weigh
-from posttrain.axes import Advantage, Anchor, GroupRelative
+from posttrain._common import Noised, check_group, check_positive, rollout, weigh, weighted
+from posttrain.advantages import Advantage, GroupRelative
+from posttrain.axes import Anchor
 
 
 @dataclass
@@ -60,9 +61,7 @@ class NFT:
 
     def __post_init__(self) -> None:
         check_group(self.group)
-        for name, value in (("beta", self.beta), ("chunk", self.chunk), ("times", self.times)):
-            if value <= 0:
-                raise InputError(f"method.{name} is {value}: it must be positive")
+        check_positive({"beta": self.beta, "chunk": self.chunk, "times": self.times})
         self.anchor.needs_velocity()
         if not 0 <= self.decay < 1:
             raise InputError(f"method.decay is {self.decay}: give 0 to below 1")
@@ -102,11 +101,9 @@ class NFT:
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Weighted sum over one chunk at one draw of noise levels."""
-        x0, cond, k = batch.x0, batch.cond, int(batch.extra["k"][0])
-        assert x0 is not None and cond is not None and batch.weight is not None
-        t = self.density(rng.uniform("time", batch.ids, counter=k)).to(x0.device)
-        eps = rng("noise", batch.ids, batch.shape, counter=k).to(x0.device)
-        x = interpolate(x0, eps, t)
+        cond, at = batch.cond, Noised.draw(batch, self.density, rng, int(batch.extra["k"][0]))
+        assert cond is not None
+        x, t, x0 = at.x, at.t, at.x0
         v = roles["policy"](x, t, cond)
         with torch.no_grad():
             v_old = roles["old"](x, t, cond)
@@ -122,9 +119,7 @@ class NFT:
             divergence = self.anchor.velocity(roles, x, t, cond, v)
             metrics["kl"] = divergence.mean()
             term = term + self.anchor.weight * divergence
-        weight = batch.weight.to(term.device)
-        loss = (weight * term).sum()
-        return loss, {"loss": loss.detach() / weight.sum(), **metrics}
+        return weighted(batch, term, metrics)
 
     @staticmethod
     def _error(x: Tensor, v: Tensor, t: Tensor, x0: Tensor) -> Tensor:

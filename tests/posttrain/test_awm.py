@@ -19,6 +19,7 @@ from flux2.flow import Uniform
 from flux2.rng import Rng
 from flux2.schedule import Linear
 from flux2.types import Batch, RoleSpec
+from posttrain._common import Noised
 from posttrain.awm import AWM
 from posttrain.axes import Anchor
 
@@ -83,6 +84,12 @@ def test_the_gradient_at_ratio_one_is_the_weighted_matchings():
     assert loss == pytest.approx(-float(weights.sum()), abs=1e-6)
 
 
+def matching(method: AWM, role: Any, micro: Batch) -> Tensor:
+    """ℓ of the micro-batch at its own noise level: b."""
+    at = Noised.draw(micro, method.density, RNG, int(micro.extra["k"][0]))
+    return at.matching(role(at.x, at.t, micro.cond)).detach()
+
+
 def test_later_updates_see_the_same_noise_and_the_old_matching():
     role, method = policy(), make(updates=2, times=2, eps=1e-3)
     roles, optimizer, seen = {"policy": role}, torch.optim.SGD(role.parameters(), 0.5), []
@@ -90,7 +97,7 @@ def test_later_updates_see_the_same_noise_and_the_old_matching():
         optimizer.zero_grad()
         ratios = []
         for micro in update:
-            now = method._matching(role, micro, RNG)[0].detach()
+            now = matching(method, role, micro)
             ratios.append((micro.extra["old"] - now).exp())
             loss, metrics = method.loss(roles, micro, RNG)
             loss.backward()
@@ -109,7 +116,7 @@ def test_clipping_stops_the_gradient_on_the_right_side(ratio, advantage, moves):
     role, method = policy(), make(eps=0.2)
     (update,) = map(share, method.collect({"policy": role}, prompts(4), RNG))
     micro = update[0]
-    error = method._matching(role, micro, RNG)[0].detach()
+    error = matching(method, role, micro)
     extra = {**micro.extra, "old": error + math.log(ratio),
              "advantage": torch.full_like(error, advantage)}  # fmt: skip
     loss, _ = method.loss({"policy": role}, replace(micro, extra=extra), RNG)

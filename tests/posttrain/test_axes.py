@@ -15,21 +15,18 @@ from flux2.flow import DanceSDE, FlowSDE, Transition
 from flux2.rng import Rng
 from flux2.schedule import Linear
 from flux2.types import RoleSpec
+from posttrain.advantages import GroupRelative, PerReward, WinRate, group_advantages
 from posttrain.axes import (
     AllSteps,
     Anchor,
     Clip,
     FirstHalf,
     FirstSteps,
-    GroupRelative,
     Guard,
-    PerReward,
     RandomSteps,
     Replayed,
     SlidingWindow,
     TrustRegion,
-    WinRate,
-    group_advantages,
 )
 
 NAN = math.nan

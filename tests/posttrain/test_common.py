@@ -11,7 +11,7 @@ from flux2.analytic import toy_condition
 from flux2.errors import InputError
 from flux2.types import Batch
 from posttrain._common import Scoring, check_group, spread, told, weigh
-from posttrain.axes import group_advantages
+from posttrain.advantages import group_advantages
 
 NAN = math.nan
 

@@ -155,10 +155,12 @@ class Nodes:
     def __init__(self, eps: Tensor) -> None:
         self.eps = eps
 
-    def __call__(self, stream: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def __call__(
+        self, stream: str, ids: Tensor, shape: tuple[int, ...], counter: int = 0
+    ) -> Tensor:
         return self.eps[ids].reshape(-1, *shape)
 
-    def uniform(self, stream: str, ids: Tensor) -> Tensor:
+    def uniform(self, stream: str, ids: Tensor, counter: int = 0) -> Tensor:
         return torch.zeros(len(ids))
 
 

@@ -18,7 +18,8 @@ from flux2.errors import InputError
 from flux2.rng import Rng
 from flux2.schedule import Linear
 from flux2.types import Batch, Condition, RoleSpec
-from posttrain.axes import Anchor, GroupRelative
+from posttrain.advantages import GroupRelative
+from posttrain.axes import Anchor
 from posttrain.nft import NFT
 
 N, C = 4, 3
