@@ -43,12 +43,15 @@ from flux2 import distributed, launch
 from flux2.errors import InputError
 from flux2.files import disk_fault
 from flux2.ranks import attend, create, started_by_launcher, undisturbed, without_local_rank
-from flux2.runs import Interrupted
+from flux2.runs import Interrupted, finished
 
 CONF = Path(__file__).resolve().parent / "conf"
 DONE, FAILED, WRONG = 0, 1, 2
 OmegaConf.register_new_resolver(  # files that are shipped with the project, from any folder
     "project", lambda path: str(CONF.parent / path), replace=True
+)
+OmegaConf.register_new_resolver(  # whether one of these strengths needs the empty prompt
+    "guided", lambda *scales: any(s not in (None, 1) for s in scales), replace=True
 )
 
 
@@ -58,8 +61,11 @@ def job(cfg: DictConfig) -> dict[str, Any]:
     Among several ranks every one calls this, with the same configuration; rank 0 alone writes the
     run's files. Raises what the stage raises, after the manifest's status has been set.
     """
-    if cfg.recipe.stage not in (None, cfg.stage.name):
+    if cfg.recipe.stage not in (None, cfg.stage.name) and cfg.stage.name != "plan":
         raise InputError(_mismatch(cfg.recipe.stage, cfg.stage.name))
+    if (summary := finished(cfg)) is not None:
+        print(f"{cfg.run.dir} is done already, with this configuration", flush=True)
+        return summary
     if cfg.launch.threads is not None:
         import torch
 
@@ -170,6 +176,7 @@ def _command(
         _check_flags(arguments)
         if stored := _stored(arguments):
             return attempt(lambda: perform(_reread(*stored)))
+        arguments = _planned(arguments)
         with _command_line(arguments):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(composed)()
     except Interrupted as interrupt:
@@ -318,6 +325,8 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
         missing = re.match(r"Could not (?:override|delete from config\.) '([^']+)'", text)
         if missing and not isinstance(error.__cause__, yaml.YAMLError):
             key, known = missing[1], _composable_keys(arguments)
+            if key in known and error.__cause__ is None:
+                return f"the stage has no {key} to choose: leave out {key}="
             if key in known:  # then what it was given does not fit
                 return f"'{key}' cannot be set so: {str(error.__cause__).splitlines()[0]}"
             return f"no key '{key}'{_nearest(key, known)}"
@@ -354,13 +363,36 @@ def _mismatch(recipe_stage: object, stage: object) -> str:
 
 def _recipe_mismatch(arguments: Sequence[str]) -> str | None:
     """What is wrong if the command line gives a recipe another stage than it is for."""
-    given = dict(a.split("=", 1) for a in arguments if a.startswith(("stage=", "experiment=")))
-    recipe = CONF / "experiment" / f"{given.get('experiment')}.yaml"
-    if "stage" not in given or not recipe.is_file():
-        return None
-    stage = OmegaConf.select(OmegaConf.load(recipe), "recipe.stage")
-    wrong = stage is not None and stage != given["stage"]
+    given, stage = _given(arguments)
+    wrong = stage is not None and given.get("stage", stage) not in (stage, "plan")
     return _mismatch(stage, given["stage"]) if wrong else None
+
+
+def _planned(arguments: Sequence[str]) -> Sequence[str]:
+    """stage=plan experiment=<recipe> plans the recipe's own stage: plan=<stage> is added."""
+    given, stage = _given(arguments)
+    if given.get("stage") != "plan" or stage is None:
+        return arguments
+    if given.get("plan", stage) != stage:
+        raise InputError(f"the recipe is for stage={stage}: leave out plan={given['plan']}")
+    return arguments if "plan" in given else [*arguments, f"plan={stage}"]
+
+
+def _given(arguments: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """(stage=, plan= and experiment= of the command line, the recipe's stage). A recipe that is
+    built on another has that one's stage where it says none of its own."""
+    names = ("stage=", "plan=", "experiment=")
+    given = dict(a.split("=", 1) for a in arguments if a.startswith(names))
+    name, stage = given.get("experiment"), None
+    while name is not None and stage is None:
+        recipe = CONF / "experiment" / f"{name}.yaml"
+        if not recipe.is_file():
+            break
+        content = OmegaConf.load(recipe)
+        stage = OmegaConf.select(content, "recipe.stage")
+        under = [d for d in OmegaConf.select(content, "defaults") or () if isinstance(d, str)]
+        name = next((d.removeprefix("/experiment/") for d in under if "/experiment/" in d), None)
+    return given, stage
 
 
 def _choices(group: str) -> list[str]:

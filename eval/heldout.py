@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from eval import tables
 from eval.evaluation import FOLDER, Evaluation, find
+from eval.images import read_image
 from eval.measure import Measure, save, staging
 from eval.records import compare, summarise
 from eval.suite import Suite
@@ -30,7 +30,7 @@ from flux2.data.record import Dataset, Record
 from flux2.errors import InputError
 from flux2.generate import Sampler, buckets
 from flux2.lineage import rewards_of
-from flux2.log import Log
+from flux2.log import Log, progress
 from flux2.model import Flux2
 from flux2.types import Batch, Velocity
 
@@ -48,6 +48,7 @@ class HeldOut:
         prompts: how many. noises: samples a prompt.
         seed: of the noise.
         every: steps between evaluations in training; 0: before and after only.
+        before: evaluate the model as it is before training; off where a run of its own does.
         images: keep every image, for the report; else the `shown` first ones.
         shown: images of the before/after picture.
         headline: values told beside the progress.
@@ -62,12 +63,14 @@ class HeldOut:
     noises: int = 1
     seed: int = 1234
     every: int = 0
+    before: bool = True
     images: bool = True
     shown: int = 24
     headline: Sequence[str] = ()
     control: Mapping[str, Any] | None = None
     _history: dict[int, Evaluation] = field(default_factory=dict)
     _measured: set[int] = field(default_factory=set)
+    _known: Mapping[str, float] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -102,7 +105,7 @@ class HeldOut:
         measure = Measure(self.suite, images)
         grids: set[str] = set()
         sizes: set[tuple[int, int]] = set()
-        spent = 0.0
+        spent, seen = 0.0, 0
         for records, own in self._shares(label):
             batch, seeds = self._batch(collate, records)
             began = time.perf_counter()
@@ -111,11 +114,13 @@ class HeldOut:
             if drawn.is_cuda:
                 torch.cuda.synchronize()
             spent += time.perf_counter() - began
-            measure.add(drawn, batch, seeds, own * self.noises)
+            known = self._along(model, velocity, batch, seen)
+            measure.add(drawn, batch, seeds, own * self.noises, known)
+            seen += len(batch) * distributed.size()
             grids.add(self.sampler.grid(batch.shape[0]).hash)
             sizes.add((drawn.shape[-2], drawn.shape[-1]))
         found = measure.finish()
-        ceilings = self._ceilings(model)
+        ceilings = self.ceilings(model)
         if found is None:
             return None
         share = -(-self.prompts // distributed.size()) * self.noises
@@ -133,6 +138,19 @@ class HeldOut:
                 file.unlink()
         return save(found, identity, ceilings, images, folder)
 
+    def _along(
+        self, model: Flux2, velocity: Velocity, batch: Batch, seen: int
+    ) -> dict[str, tuple[str, Tensor]]:
+        """Values of the sampling itself, of the chunks that begin within a measure's samples."""
+        return {
+            name: (key, values)
+            for key, metric in self.suite.paths.items()
+            if seen < metric.samples
+            for name, values in metric.along(
+                velocity, model, batch, self.sampler, self.seed
+            ).items()
+        }
+
     def _shares(self, label: str) -> Iterator[tuple[list[Record], int]]:
         """This rank's records by chunk, each with how many are its own; equally many chunks of
         equal sizes on every rank, so that sharded weights are gathered by all together."""
@@ -146,8 +164,7 @@ class HeldOut:
                 mine = part[rank * share : (rank + 1) * share]
                 padding = [part[-1]] * (share - len(mine))
                 chunks.append((mine + padding, len(mine)))
-        quiet = None if distributed.is_main() else True
-        yield from tqdm(chunks, desc=label, leave=False, dynamic_ncols=True, disable=quiet)
+        yield from progress(chunks, label, sum(own for _, own in chunks), lambda chunk: chunk[1])
 
     def _batch(self, collate: Collator, records: Sequence[Record]) -> tuple[Batch, list[int]]:
         """Each record `noises` times, with sample ids that key its noise, and which it is."""
@@ -155,9 +172,15 @@ class HeldOut:
         ids = torch.tensor([r.id * self.noises + k for r in records for k in range(self.noises)])
         return collate(rows, ids), [k for _ in records for k in range(self.noises)]
 
+    def ceilings(self, model: Flux2) -> Mapping[str, float]:
+        """Each value on the held-out targets after the autoencoder's round trip, of which a run
+        trains nothing: measured once, all ranks together. {} where the targets only say the
+        size (and on ranks other than 0)."""
+        if self._known is None:
+            self._known = self._ceilings(model)
+        return self._known
+
     def _ceilings(self, model: Flux2) -> dict[str, float]:
-        """Each value on the held-out targets after the autoencoder's round trip; {} where the
-        targets only say the size."""
         if not all(r.target is not None and r.target.any() for r in self.records()):
             return {}
         collate = Collator(model, text=False, latents=True, images=True)
@@ -184,8 +207,9 @@ class HeldOut:
             self._history.update(found)
         on_main(self._check_history)
         self._measured = set(distributed.broadcast(list(self._history)))
+        self._known = on_main(self._recorded)
         # An interrupt may have come before this step's own; step 0 cannot be measured any more.
-        if step == 0 or (self.every and step % self.every == 0):
+        if (step == 0 and self.before) or (step and self.every and step % self.every == 0):
             for at in {step} - self._measured:
                 self._measure(at)
 
@@ -209,6 +233,17 @@ class HeldOut:
                     f"{shot.folder} was evaluated otherwise ({', '.join(dict.fromkeys(changed))}): "
                     f"resume with the evaluation of step {at}, or in another run.dir by init_from"
                 )
+
+    def _recorded(self) -> Mapping[str, float] | None:
+        """The ceilings of the run's first evaluation; None where there is none, or where it was of
+        other prompts or had not all the metrics of now."""
+        if not self._history:
+            return None
+        first = self._history[min(self._history)]
+        engines = {f.engine for f in first.results.fingerprints.values()}
+        same = dict(first.prompts) == {r.id: r.prompt for r in self.records()}
+        had = {self.suite.engine(key) for key in self.suite.present} <= engines
+        return first.ceilings if same and had else None
 
     def latest(self, step: int) -> dict[str, float]:
         """The means measured at `step`; {} where nothing was."""
@@ -257,19 +292,19 @@ class HeldOut:
             if not c["n"]:  # no prompt asks for it
                 continue
             row = [
-                name + ("*" if name in marks else ""),
-                f"{c['before']:.3f}", f"{c['after']:.3f}", f"{c['gain']:+.3f}",
-                f"{c['low']:+.3f} … {c['high']:+.3f}", f"{c['p_holm']:.3g}",
-                f"{after.ceilings.get(name, float('nan')):.3f}",
+                tables.marked(name, name in marks),
+                tables.number(c["before"]), tables.number(c["after"]), tables.signed(c["gain"]),
+                tables.span(c["low"], c["high"], tables.signed), tables.probability(c["p_holm"]),
+                tables.number(after.ceilings.get(name)),
             ]  # fmt: skip
             if self.control:
-                gain = self.control.get(name)
-                row.append("-" if gain is None else f"{gain:+.3f}")
+                row.append(tables.signed(self.control.get(name)))
             rows.append(row)
-        self._log.print("")
-        text = self._log.table(header, rows)
+        text = tables.table(header, rows)
+        self._log.print(f"\n{text}")
         n = self.prompts * self.noises
-        note = f"{n} (prompt, noise) pairs, paired by prompt and noise; * rewarded in training"
+        note = f"{n} (prompt, noise) pairs, paired by prompt and noise"
+        note += f"; {tables.NOTE}" if marks else ""
         if self.control:
             note += "; control: gain where pretraining went on instead"
         self._log.print(note)
@@ -317,7 +352,7 @@ def first_images(evaluation: Evaluation, count: int) -> tuple[Tensor, list[str]]
     """The first samples that were kept and have the first one's size: b 3 h w uint8, prompts."""
     assert evaluation.folder is not None
     files = sorted((evaluation.folder / "images").iterdir())[:count]
-    shots = [np.asarray(Image.open(f).convert("RGB")) for f in files]
+    shots = [read_image(f) for f in files]
     alike = [k for k, x in enumerate(shots) if x.shape == shots[0].shape]
     images = torch.from_numpy(np.stack([shots[k] for k in alike])).permute(0, 3, 1, 2)
     return images, [evaluation.prompts[int(files[k].stem.partition("-")[0])] for k in alike]

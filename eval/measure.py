@@ -53,7 +53,10 @@ class Measure:
     _engines: dict[str, str] = field(default_factory=dict)
     _waiting: list[Callable[[], None]] = field(default_factory=list)
 
-    def add(self, images: Tensor, batch: Batch, seeds: Sequence[int], keep: int) -> None:
+    def add(
+        self, images: Tensor, batch: Batch, seeds: Sequence[int], keep: int,
+        known: Mapping[str, tuple[str, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
         """Starts scoring; all ranks together.
 
         Args:
@@ -61,6 +64,7 @@ class Measure:
             batch: of the same samples; `groups` holds the prompts' ids.
             seeds: of the noise, b.
             keep: the first `keep` samples are this rank's own; the others are dropped.
+            known: further values that are there already: name → (key of its metric, b values).
         """
         rows = torch.arange(keep, device=images.device)
         images, batch, seeds = images[rows], batch.select(rows.to(batch.ids.device)), seeds[:keep]
@@ -69,7 +73,8 @@ class Measure:
             wait = self.suite.start(images, batch)
             for key, found in self.suite.features(images, batch).items():
                 self._features.setdefault(key, []).append(found)
-            self._waiting.append(lambda: self._take(wait(), prompts, seeds))
+            more = {name: (key, row[:keep]) for name, (key, row) in (known or {}).items()}
+            self._waiting.append(lambda: self._take({**wait(), **more}, prompts, seeds))
         self._samples += zip(prompts, seeds, strict=True)
         self._prompts |= dict(zip(prompts, batch.prompts, strict=True))
         if self.staging is not None:

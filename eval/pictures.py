@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from eval.evaluation import FACTS
+from eval.images import check_folder, read_image
+from flux2.data.lines import FORMATS
 from flux2.data.loader import stack_images, truth
-from flux2.data.readers import FORMATS
 from flux2.data.record import Dataset
 from flux2.errors import InputError
 from flux2.types import Batch
@@ -60,8 +60,7 @@ def read_folder(folder: Path, dataset: Dataset, prompts: int) -> tuple[list[Pict
         InputError: no such folder, none of the layouts, an image that is missing, or prompts of
             which only some are the dataset's.
     """
-    if not folder.is_dir():
-        raise InputError(f"images={folder} is no folder: name one with images and their prompts")
+    check_folder("images", folder, "images and their prompts")
     records = [dataset[k] for k in range(min(prompts, len(dataset)))]
     by_id = {r.id: r for r in records}
     by_prompt = {r.prompt: r for r in reversed(records)}
@@ -194,21 +193,13 @@ def batches(pictures: Sequence[Picture], most: int) -> Iterator[tuple[Tensor, Ba
     groups: dict[tuple[int, int], list[tuple[Picture, np.ndarray]]] = {}
     by_prompt = sorted(pictures, key=lambda p: (p.id, p.seed))
     for k, picture in enumerate(by_prompt):
-        image = _read(picture.path)
+        image = read_image(picture.path)
         rows = groups.setdefault((image.shape[0], image.shape[1]), [])
         rows.append((picture, image))
         following = by_prompt[k + 1] if k + 1 < len(by_prompt) else None
         if following is None or (len(rows) >= most and following.id != picture.id):
             for size in list(groups) if following is None else [image.shape[:2]]:
                 yield _batch(groups.pop((size[0], size[1])))
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path, formats=tuple(set(FORMATS.values()))) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from None
 
 
 def _batch(rows: Sequence[tuple[Picture, np.ndarray]]) -> tuple[Tensor, Batch, list[int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.evaluation import FOLDER, Evaluation
 from eval.heldout import HeldOut, first_images, trained
+from eval.images import check_folder
 from eval.measure import Measure, save, staging
 from eval.pictures import batches, read_folder
 from eval.records import summarise
@@ -20,7 +21,7 @@ from eval.suite import table
 from flux2 import distributed
 from flux2.errors import InputError
 from flux2.lineage import rewards_of, trained_rewards
-from flux2.log import grid
+from flux2.log import grid, progress
 from flux2.runs import MANIFEST, Run
 
 UNKNOWN = ("model", "model_hash", "role", "solver", "steps", "guidance", "forwards", "seconds")
@@ -30,8 +31,8 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     """Runs the stage on every rank; returns its summary (on rank 0)."""
     from flux2.train import build
 
-    if cfg.images is not None and not Path(cfg.images).is_dir():
-        raise InputError(f"images={cfg.images} is no folder: name one with images and prompts")
+    if cfg.images is not None:
+        check_folder("images", Path(cfg.images), "images and their prompts")
     run = Run(Path(cfg.run.dir))
     facts = {"run": cfg.run.id, "name": run.path.name, "stage": "eval", "step": 0}
     if cfg.images is not None:
@@ -50,11 +51,10 @@ def evaluate(cfg: Any) -> dict[str, Any]:
 
 
 def _model(cfg: Any, facts: dict[str, Any], run: Run) -> Evaluation | None:
-    from flux2.adapters import Switch
     from flux2.distributed import pick_device
     from flux2.lineage import ROLES, check_lineage, init_of
-    from flux2.model import AUTOCAST, check_model, load_initial
-    from flux2.roles import VelocityRole
+    from flux2.model import check_model, load_initial
+    from flux2.roles import velocity_of
     from flux2.train import build
 
     check_model(cfg.model)
@@ -68,9 +68,7 @@ def _model(cfg: Any, facts: dict[str, Any], run: Run) -> Evaluation | None:
         if init is not None:
             facts |= {"name": init.run.name, "stage": init.manifest.get("stage")}
         model = load_initial(cfg, pick_device(cfg.engine.device))
-        role = VelocityRole(
-            model.transformer, Switch(model.transformer), None, AUTOCAST[cfg.engine.autocast]
-        )
+        role = velocity_of(model, cfg.engine.autocast)
         if distributed.is_main():
             print(
                 f"evaluating {facts['name']} ({model.info.name}): {held.prompts} prompts × "
@@ -101,7 +99,8 @@ def _pictures(
     place, sizes = run / FOLDER / "step_000000", set()
     images = staging(place)
     measure = Measure(held.suite, images)
-    for shots, batch, seeds in batches(pictures, held.sampler.chunk):
+    chunks = batches(pictures, held.sampler.chunk)
+    for shots, batch, seeds in progress(chunks, "scoring", len(pictures), lambda c: len(c[1])):
         measure.add(shots, batch, seeds, len(batch))
         sizes.add((shots.shape[-2], shots.shape[-1]))
     found = measure.finish()

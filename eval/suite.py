@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from eval import tables
 from eval.records import Score
 from flux2.errors import InputError
-from flux2.types import Batch, Deferred, Metric, SetMetric
+from flux2.generate import Sampler
+from flux2.model import Flux2
+from flux2.scorer import close
+from flux2.types import Batch, Deferred, Metric, SetMetric, Velocity
 from rewards.base import Unavailable, families
 from rewards.ocr import OCRReward, TesseractReader
 
 Values = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class PathMetric(Protocol):
+    """A measure of the sampling itself, which no image shows; `samples`: of so many, the first."""
+
+    samples: int
+
+    def along(
+        self, velocity: Velocity, model: Flux2, batch: Batch, sampler: Sampler, seed: int
+    ) -> Values:
+        """Values of the batch's samples, b each; all ranks together."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -136,6 +152,11 @@ class Suite:
             if isinstance(metric, Deferred):
                 metric.ready()
 
+    @property
+    def paths(self) -> dict[str, PathMetric]:
+        """Key → measure of the sampling itself."""
+        return {k: m for k, m in self.present.items() if isinstance(m, PathMetric)}
+
     def start(self, images: Tensor, batch: Batch) -> Callable[[], dict[str, tuple[str, Tensor]]]:
         """Starts on images b 3 h w uint8 and returns at once where a metric can; the function
         waits: name of the value → (key of its metric, b values).
@@ -144,9 +165,9 @@ class Suite:
             InputError: two metrics return one name.
         """
         waits = {
-            key: _begin(metric, images, batch)
+            key: begin(metric, images, batch)
             for key, metric in self.present.items()
-            if not isinstance(metric, SetMetric)
+            if not isinstance(metric, SetMetric | PathMetric)
         }
 
         def wait() -> dict[str, tuple[str, Tensor]]:
@@ -179,16 +200,16 @@ class Suite:
 
     def close(self) -> None:
         """Ends the processes of metrics that have some."""
-        for metric in map(_inner, self.present.values()):
-            if hasattr(metric, "close"):
-                metric.close()
+        close(*map(_inner, self.present.values()))
 
 
 def _inner(metric: Any) -> Any:
     return metric.metric if isinstance(metric, Named) else metric
 
 
-def _begin(metric: Any, images: Tensor, batch: Batch) -> Callable[[], Values]:
+def begin(metric: Any, images: Tensor, batch: Batch) -> Callable[[], Values]:
+    """Starts a metric or a reward on images b 3 h w uint8 and returns at once where it can
+    (`Deferred`); the function waits for its values."""
     inner = _inner(metric)
     if isinstance(inner, Deferred):
         pending = inner.submit(images, batch)
@@ -210,24 +231,17 @@ def table(
     trained: Iterable[str] = (),
 ) -> str:
     """`summarise`'s summary as text, with each score's ceiling; what was trained on has a *."""
-    marked = set(trained)
-    rows = [("metric", "mean", "95 % interval", "ceiling", "n", "missing")]
-    for name, row in summary.items():
-        rows.append((
-            name + " *" * (name in marked),
-            _number(row["mean"]),
-            "-" if math.isnan(row["low"]) else f"{row['low']:.3f} to {row['high']:.3f}",
-            _number(ceilings.get(name, math.nan)),
+    marks = set(trained)
+    rows = [
+        [
+            tables.marked(name, name in marks),
+            tables.number(row["mean"]),
+            tables.span(row["low"], row["high"]),
+            tables.number(ceilings.get(name)),
             str(int(row["n"])),
             str(int(row["missing"])),
-        ))  # fmt: skip
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    pads = (str.ljust, *[str.rjust] * (len(widths) - 1))
-    lines = ["  ".join(p(c, w) for p, c, w in zip(pads, r, widths, strict=True)) for r in rows]
-    if marked & set(summary):
-        lines += ["", "* training maximised this value"]
-    return "\n".join(lines) + "\n"
-
-
-def _number(x: float) -> str:
-    return "-" if math.isnan(x) else f"{x:.3f}"
+        ]
+        for name, row in summary.items()
+    ]
+    text = tables.table(["metric", "mean", "95 % interval", "ceiling", "n", "missing"], rows)
+    return text + (f"\n\n{tables.NOTE}\n" if marks & set(summary) else "\n")

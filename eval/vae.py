@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.patterns import KINDS, batch_of, contrast_kept, patterns, sharpness_kept, words
 from eval.records import Aggregate, Fingerprint, Results, Score, summarise
@@ -31,7 +30,7 @@ from flux2.data.loader import stack_images
 from flux2.data.record import Dataset, Record
 from flux2.errors import InputError
 from flux2.latents import LatentCodec
-from flux2.log import grid
+from flux2.log import grid, progress
 from rewards.base import settings
 from rewards.nets.features import Extractor
 from rewards.nets.perceptual import Lpips, psnr, ssim
@@ -189,8 +188,8 @@ def _data(plan: VaeReport, reconstruct: Reconstruct, patch: int, found: Measured
     features: list[tuple[Tensor, Tensor]] = []
     originals: dict[str, list[Tensor]] = {name: [] for name in READ}
     total = min(plan.count, len(plan.dataset))
-    bar = tqdm(total=total, desc="reconstructing", leave=False, dynamic_ncols=True, disable=None)
-    for rows, images in _chunks(plan, patch):
+    chunks = progress(_chunks(plan, patch), "reconstructing", total, lambda chunk: len(chunk[0]))
+    for rows, images in chunks:
         found.reference.update(images.numpy().tobytes())
         again, ids = reconstruct(images), [r.id for r in rows]
         found.add("psnr", ids, psnr(images, again), "psnr(range=255)")
@@ -210,8 +209,6 @@ def _data(plan: VaeReport, reconstruct: Reconstruct, patch: int, found: Measured
         if not found.pictures or _size(images) == tuple(found.pictures["images"][0][0].shape[1:]):
             captions = [r.prompt or "original" for r in rows[shown]]
             found.show("images", images[shown], again[shown], captions)
-        bar.update(len(rows))
-    bar.close()
     _finish_data(plan, found, features, originals)
 
 
@@ -269,7 +266,7 @@ def _drawn(plan: VaeReport) -> str:
 
 
 def _text(plan: VaeReport, ocr: OCRReward, reconstruct: Reconstruct, found: Measured) -> None:
-    for size in tqdm(plan.sizes, desc="small text", leave=False, dynamic_ncols=True, disable=None):
+    for size in progress(plan.sizes, "small text", len(plan.sizes)):
         drawn = words(size, plan.words, plan.canvas, plan.seed)
         again = reconstruct(drawn.images)
         before, after = (ocr(x, drawn.batch) for x in (drawn.images, again))

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flux2.flow import exact, expand
+from flux2.schedule import Grid
 from flux2.types import Condition
 
 
@@ -66,6 +67,15 @@ class Gaussian:
         """noise: b n c, standard normal → data: b n c."""
         return self.mean + self.std * noise
 
+    def tilted(self, slope: Tensor | float, curvature: float = 0.0) -> Gaussian:
+        """The law ∝ N(mean, std²·I)·exp(slope·x − curvature/2·‖x‖²): what maximises E[R] − β·KL to
+        this one where R/β is that exponent.
+
+        slope broadcasts to n c; 1/std² + curvature must be above 0.
+        """
+        var = 1 / (1 / self.std**2 + curvature)
+        return Gaussian(var * (self.mean / self.std**2 + slope), var**0.5)
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
@@ -74,12 +84,12 @@ class Mixture:
     Attributes:
         means: k D.
         weights: k, positive; only their proportions count.
-        std: of every component, above 0.
+        std: of every component, above 0; a float, or a tensor of no dimension.
     """
 
     means: Tensor
     weights: Tensor
-    std: float
+    std: float | Tensor
 
     def _var(self, t: Tensor) -> Tensor:
         return (1 - t) ** 2 * self.std**2 + t**2
@@ -126,6 +136,13 @@ class Mixture:
         mean = self.means[torch.searchsorted(edges, u.to(edges.dtype), right=True)]
         return rearrange(mean, "b (n c) -> b n c", n=noise.shape[1]) + self.std * noise
 
+    def tilted(self, slope: Tensor) -> Mixture:
+        """The law ∝ p(x)·exp(slope·x), slope: D. Each mean moves by std²·slope, and each weight
+        grows by exp(slope·mean): what maximises E[R] − β·KL to this one where R/β = slope·x."""
+        gain = self.means @ slope
+        weights = self.weights * (gain - gain.max()).exp()
+        return Mixture(self.means + self.std**2 * slope, weights, self.std)
+
 
 @dataclass(frozen=True, eq=False)
 class ConditionalGaussian:
@@ -170,6 +187,54 @@ class GaussianPolicy(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """v = E[ε − x0 | x]; x: b n c, t: b → b n c."""
         return self.law(x, t)
+
+
+class MixturePolicy(nn.Module):
+    """A trainable velocity: that of Σ_k softmax(logits)_k · N(means_k, e^{2·log_std}·I).
+
+    Args:
+        law: where it starts.
+    """
+
+    def __init__(self, law: Mixture) -> None:
+        super().__init__()
+        std = torch.as_tensor(law.std, dtype=law.means.dtype)
+        self.means = nn.Parameter(law.means.clone())
+        self.logits = nn.Parameter((law.weights / law.weights.sum()).log())
+        self.log_std = nn.Parameter(std.log())
+
+    @property
+    def law(self) -> Mixture:
+        """The mixture that it stands for now; gradients reach the parameters."""
+        return Mixture(self.means, self.logits.softmax(0), self.log_std.exp())
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """v = E[ε − x0 | x]; x: b n c, t: b → b n c."""
+        return self.law(x, t)
+
+
+class AffinePolicy(nn.Module):
+    """A trainable velocity slope_i·x + offset_i at each σ_i of a grid: any linear-Gaussian sampler
+    is one of these, whatever its law. It starts as the velocity of N(mean, std²·I).
+
+    Args:
+        mean: n c.
+        grid: the only times that it knows.
+    """
+
+    def __init__(self, mean: Tensor, std: float, grid: Grid) -> None:
+        super().__init__()
+        sigmas = grid.tensor(mean.device, mean.dtype)[:-1]
+        zero = mean.expand(len(sigmas), *mean.shape) * 0
+        at_0, at_1 = (Gaussian(mean, std)(x, sigmas) for x in (zero, zero + 1))
+        self.slope = nn.Parameter((at_1 - at_0)[:, :1, :1].clone())
+        self.offset = nn.Parameter(at_0.clone())
+        self.register_buffer("sigmas", sigmas)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """x: b n c, t: b, each a σ of the grid → b n c."""
+        i = (t[:, None] - self.get_buffer("sigmas")).abs().argmin(1)
+        return self.slope[i] * x + self.offset[i]
 
 
 def toy_condition(batch: int, tokens: int, device: torch.device | str | None = None) -> Condition:

@@ -88,6 +88,18 @@ def velocity_from_score(x: Tensor, score: Tensor, t: Tensor) -> Tensor:
     return -(x + t * score) / (1 - t)
 
 
+def guide(v_c: Tensor, v_u: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance of a strength for each sample, v_u + g·(v_c − v_u); scale: b."""
+    v_c, v_u, scale = _with_time(v_c, v_u, scale)
+    return v_u + scale * (v_c - v_u)
+
+
+def unguide(v: Tensor, v_u: Tensor, scale: Tensor) -> Tensor:
+    """The conditional velocity that a guided one stands for, v_u + (v − v_u)/g; scale: b, not 0."""
+    v, v_u, scale = _with_time(v, v_u, scale)
+    return v_u + (v - v_u) / scale
+
+
 # -- densities of t ------------------------------------------------------------------------------
 
 
@@ -161,6 +173,91 @@ class Mode:
         u = _open(u)  # the paper's 1 − u: there t falls as u rises
         t = u - self.scale * (torch.sin(math.pi / 2 * u) ** 2 - u)
         return shift_sigma(t.clamp(2.0**-25, 1), self.shift)
+
+
+@dataclass(frozen=True)
+class CosMap:
+    """SD3's CosMap (arXiv 2403.03206, section 3.1), then shifted: p(t) = 2/(π·(1 − 2t + 2t²)), so
+    t = sin(π·u/2)/(sin(π·u/2) + cos(π·u/2)): flat, twice as dense in the middle as at the ends."""
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_shift(self.shift)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """u: b in [0, 1) → t: b."""
+        angle = math.pi / 2 * _open(u)
+        return shift_sigma(angle.sin() / (angle.sin() + angle.cos()), self.shift)
+
+
+# -- weightings of t -----------------------------------------------------------------------------
+
+
+class TimeWeighting(Protocol):
+    """What the squared error of v counts at t. With a density p, E_p[w·‖Δv‖²] trains as the density
+    p·w does; which of the two is drawn and which is weighed only changes the variance."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """t: b in (0, 1] → w: b, at least 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unweighted:
+    """w = 1: the flow's own loss, ‖Δv‖²."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `TimeWeighting`."""
+        return torch.ones_like(exact(t)[0])
+
+
+@dataclass(frozen=True)
+class InversePower:
+    """w = max(t, floor)^−power: the cleaner the sample, the more it counts. power 2 and floor 0.001
+    are `sigma_sqrt` of diffusers' SD3 training, which has no smaller t."""
+
+    power: float = 1.0
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.power) and 0 < self.floor <= 1):
+            raise InputError(
+                f"inverse weighting of power {self.power}, floor {self.floor}: give a finite power "
+                "and a floor above 0, at most 1"
+            )
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `TimeWeighting`."""
+        return exact(t)[0].clamp(min=self.floor) ** -self.power
+
+
+@dataclass(frozen=True)
+class CosMapWeighting:
+    """w = 2/(π·(1 − 2t + 2t²)): the density CosMap as a weight (`cosmap` of diffusers' SD3
+    training)."""
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `TimeWeighting`."""
+        (t,) = exact(t)
+        return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """Min-SNR-γ (arXiv 2303.09556), min(SNR, γ)·‖Δx̂0‖², for velocities: Δx̂0 = −t·Δv and
+    SNR = ((1 − t)/t)², so w = min((1 − t)², γ·t²). γ = ∞ is the loss of ε, (1 − t)²·‖Δv‖²."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise InputError(f"min-SNR weighting of gamma {self.gamma}: it must be above 0")
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """See `TimeWeighting`."""
+        (t,) = exact(t)
+        return torch.minimum((1 - t) ** 2, self.gamma * t**2)
 
 
 # -- transition kernels --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from flux2.model import AUTOCAST, DTYPES, meta_parts
 from flux2.optim8 import state_bytes
 from flux2.passes import (
     Call,
+    Decoder,
     Setting,
     Shape,
     autoencoder_curve,
@@ -152,13 +154,28 @@ class Footprint:
         self._curve = functools.cache(self._pass)
 
     @property
+    def uncounted(self) -> str | None:
+        """What takes memory of the GPU and is in no number: a reward's networks, whose weights no
+        configuration tells. None without a reward."""
+        reward = self.cfg.get("reward")
+        if reward is None:
+            return None
+        parts = (reward.get("rewards") or {}).values()
+        names = [str(r._target_).rpartition(".")[2] for r in (parts or [reward])]
+        followed = any(
+            c.owner == "decoder" for calls in self.rehearsal(1).turns.values() for c in calls
+        )
+        way = " and their graph, which the gradient comes through" if followed else ""
+        return f"networks of the reward ({', '.join(names)}){way}"
+
+    @property
     def _elementwise(self) -> bool:
         """Whether the optimizer can step pieces of parameters, in fp32."""
         return self._optimizer == "TurnAdamW"
 
     def _make(self, **given: Any) -> Method:
         if self.cfg.get("reward") is not None and "score" not in given:
-            given["score"] = _unscored
+            given["score"] = _Unscored()
         return instantiate(self.cfg.method, _convert_="all", **given)
 
     def _shapes(self) -> list[tuple[int, ...]]:
@@ -229,7 +246,9 @@ class Footprint:
             cuda=self.cuda,
         )
         config = _config(self.parts["transformer"])
-        return velocity_curve(config, argument, self.shape, setting)
+        decoded = any(c.owner == "decoder" for c in argument)
+        decoder = Decoder(vae, matmul, DTYPES[cfg.model.get("vae_dtype", "fp32")])
+        return velocity_curve(config, argument, self.shape, setting, decoder if decoded else None)
 
     # ------------------------------------------------------------ the sum
 
@@ -391,8 +410,14 @@ class Footprint:
         return {"evaluation": max(sampling, decode)}
 
 
-def _unscored(*_: Any) -> Any:
-    raise RuntimeError("a method must not score before `collect`")
+class _Unscored:
+    """The score of a method that is only asked for its roles."""
+
+    def __call__(self, *_: Any) -> Any:
+        raise RuntimeError("a method must not score before `collect`")
+
+    def check_gradient(self) -> None:
+        """Whether there is one shows when the run's parts are made."""
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -413,7 +438,12 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _size(cfg: Any) -> tuple[int, int, int]:
-    """(height, width, references) of the largest of the data's first records."""
+    """(height, width, references) of the largest of the data's first records. Data that is not
+    there yet has the largest of the sizes that it is to be given, and no references."""
+    path, sizes = cfg.data.dataset.get("path"), cfg.data.dataset.get("sizes")
+    if path is not None and sizes and not Path(path).expanduser().exists():
+        height, width = max(sizes, key=lambda s: s[0] * s[1])
+        return int(height), int(width), 0
     missing = OmegaConf.missing_keys(cfg.data) if OmegaConf.is_config(cfg.data) else set()
     if missing:
         raise InputError(
@@ -421,7 +451,7 @@ def _size(cfg: Any) -> tuple[int, int, int]:
             "plan.height and plan.width"
         )
     dataset = instantiate(cfg.data.dataset, _convert_="all")
-    buckets = [dataset.bucket_of(i) for i in range(min(64, len(dataset)))]
+    buckets = [dataset.bucket_of(i) for i in range(0, len(dataset), max(1, len(dataset) // 64))]
     height, width, _ = max(buckets, key=lambda b: b[0] * b[1])
     return height, width, max(b[2] for b in buckets)
 

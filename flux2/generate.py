@@ -105,14 +105,13 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     """stage=sample: images of `prompts`, or of a dataset's first records, with what made them."""
     from PIL import Image
 
-    from flux2.adapters import Switch
     from flux2.data.loader import Collator
     from flux2.data.record import Record
     from flux2.distributed import pick_device
     from flux2.lineage import ROLES, check_lineage, init_of, schedule_hash, trained_rewards
     from flux2.log import grid as picture
-    from flux2.model import AUTOCAST, check_model, load_initial
-    from flux2.roles import VelocityRole
+    from flux2.model import check_model, load_initial
+    from flux2.roles import velocity_of
     from flux2.runs import Run
     from flux2.train import build
 
@@ -130,9 +129,7 @@ def sample(cfg: Any) -> Mapping[str, Any]:
         records = [dataset[i] for i in range(min(cfg.count, len(dataset)))]
         cfg.count = 1
     model = load_initial(cfg, device)
-    role = VelocityRole(
-        model.transformer, Switch(model.transformer), None, AUTOCAST[cfg.engine.autocast]
-    )
+    role = velocity_of(model, cfg.engine.autocast)
     collate = Collator(model, latents=False, unconditional=sampler.guidance != 1)
     images, captions, notes = [], [], []
     for group in buckets(records):

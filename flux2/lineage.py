@@ -16,7 +16,7 @@ import hashlib
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -44,11 +44,13 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 OPTIONAL = ("deepspeed", "bitsandbytes", "torchao")
 _HARM = {
     "distilled": "training a distilled klein as a base gives grey, blurred images",
-    "guidance-distilled": "training a guidance-distilled model as a base undoes its guidance",
+    "guidance-distilled": "training a guidance-distilled model as a base undoes its guidance "
+    "(stage=sft target=guided keeps it)",
     "base": "a base needs its own guidance and many steps, which this stage does not give it",
 }
 _INHERITED = (
     "stage", "model", "model_role", "result_role", "base", "trained", "rewards", "schedule_hash",
+    "exported",
 )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def find_init(path: str | Path) -> Init:
         return _init(run, path, is_export=True)
     if not (path / MANIFEST).is_file():
         raise InputError(f"init_from={path} is no run (no {MANIFEST} there); name a run directory")
-    if (weights := find_latest(path / "checkpoints")) is not None:
+    if (weights := _result(path) or find_latest(path / "checkpoints")) is not None:
         return _init(path, weights)
     for folder in (path / "export", path / "export" / "diffusers"):
         if (folder / "model_index.json").is_file():
@@ -128,6 +130,16 @@ def find_init(path: str | Path) -> Init:
     raise InputError(
         f"init_from={path} has neither an undamaged checkpoint nor an export in diffusers' layout"
     )
+
+
+def _result(run: Path) -> Path | None:
+    """The checkpoint that a finished run chose as its result, where that is not the last one."""
+    manifest = read_json(run / MANIFEST)
+    chosen = manifest.get("exported")
+    if manifest["status"] != "done" or not chosen or chosen["step"] == chosen["of"]:
+        return None
+    best = run / "checkpoints" / f"step_{chosen['step']:06d}"
+    return best if damage_of(best) is None else None
 
 
 def _init(run: Path, weights: Path, is_export: bool = False) -> Init:
@@ -243,7 +255,7 @@ def _check_role(cfg: DictConfig, init: Init | None, accepts: Sequence[str]) -> N
 
 
 def _check_base(cfg: DictConfig, init: Init, base_hash: str | None) -> None:
-    line = [init.manifest, *(a.manifest for a in ancestry(init.run) if a.manifest is not None)]
+    line = manifests_of(init.run)
     hashes = {m["base"]["hash"] for m in line if m.get("base") and m["base"].get("hash")}
     names = {m["model"]: None for m in line if m.get("model")}
     told = " and ".join(names)
@@ -319,25 +331,21 @@ class Ancestor:
 
 
 def ancestry(run: str | Path) -> list[Ancestor]:
-    """All ancestors of a run or an export, nearest first. Hashes exports anew."""
-    found: list[Ancestor] = []
-    todo = list(_parents(_manifest(Path(run))))
-    seen: set[tuple[str, str]] = set()
-    while todo:
-        entry = todo.pop(0)
-        if (entry["id"], entry["hash"]) in seen:
-            continue
-        seen.add((entry["id"], entry["hash"]))
-        ancestor = _ancestor(entry)
-        found.append(ancestor)
-        todo += _parents(ancestor.manifest)
-    return found
+    """All ancestors of a run or an export, nearest first. Reads and hashes all of every export
+    among them: `manifests_of` is for those that only ask what they say."""
+    return [_ancestor(*found) for found in _walk(run)]
+
+
+def manifests_of(run: str | Path) -> list[Mapping[str, Any]]:
+    """The manifests of a run or an export and of its ancestors, nearest first, as far as they are
+    still there. Reads no weights."""
+    found = [_manifest(Path(run)), *(manifest for _, manifest, _ in _walk(run))]
+    return [m for m in found if m is not None]
 
 
 def rewards_of(run: str | Path) -> list[str]:
     """What rewards a run and its ancestors were trained on: the scorers' engines."""
-    manifests = [_manifest(Path(run)), *(a.manifest for a in ancestry(run))]
-    found = [r for m in manifests if m is not None for r in m.get("rewards") or ()]
+    found = [r for m in manifests_of(run) for r in m.get("rewards") or ()]
     return list(dict.fromkeys(found))
 
 
@@ -350,17 +358,37 @@ def trained_rewards(cfg: DictConfig, run: Path, own: Iterable[str]) -> list[str]
     return list(dict.fromkeys([*found, *own]))
 
 
-def _ancestor(entry: Mapping[str, str]) -> Ancestor:
+def _walk(
+    run: str | Path,
+) -> Iterator[tuple[Mapping[str, str], Mapping[str, Any] | None, bool]]:
+    """Each ancestor once, nearest first, by the manifests alone: its entry in its child's manifest,
+    its own manifest (None: not there), and whether another run lies in its place."""
+    todo = list(_parents(_manifest(Path(run))))
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        entry = todo.pop(0)
+        if (entry["id"], entry["hash"]) in seen:
+            continue
+        seen.add((entry["id"], entry["hash"]))
+        path = Path(entry["path"])
+        homes = [path, path.parent, path.parent.parent][2 if is_checkpoint(path) else 0 :]
+        there = [m for home in homes if (m := _manifest(home)) is not None]
+        manifest = next((m for m in there if m.get("id") == entry["id"]), None)
+        yield entry, manifest, bool(there) and manifest is None
+        todo += _parents(manifest)
+
+
+def _ancestor(
+    entry: Mapping[str, str], manifest: Mapping[str, Any] | None, replaced: bool
+) -> Ancestor:
     path = Path(entry["path"])
-    homes = [path, path.parent, path.parent.parent][2 if is_checkpoint(path) else 0 :]
-    there_now = [m for home in homes if (m := _manifest(home)) is not None]
-    manifest = next((m for m in there_now if m.get("id") == entry["id"]), None)
-    if there_now and manifest is None:
-        return Ancestor(path, entry["id"], entry["hash"], None, "changed")
     there = (path / META).is_file() if is_checkpoint(path) else path.is_dir()
-    if manifest is None or not there:
-        return Ancestor(path, entry["id"], entry["hash"], manifest, "gone")
-    state = "unchanged" if _hash(path) == entry["hash"] else "changed"
+    if replaced:
+        state = "changed"
+    elif manifest is None or not there:
+        state = "gone"
+    else:
+        state = "unchanged" if _hash(path) == entry["hash"] else "changed"
     return Ancestor(path, entry["id"], entry["hash"], manifest, state)
 
 

@@ -12,9 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+T = TypeVar("T")
+
+PAUSE = 30.0  # seconds between the lines of `progress`
 TILE = 192  # pixels: images are enlarged by whole factors of at most 3 towards this width
 LINES = 4  # of caption under an image
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -193,6 +196,35 @@ class Log:
         print(" · ".join(parts), file=sys.stderr, flush=True)
 
 
+def progress(
+    items: Iterable[T], label: str, total: int, size: Callable[[T], int] = lambda _: 1
+) -> Iterator[T]:
+    """The items, with rank 0 telling how far they are: a bar on a terminal, and elsewhere a line
+    every half a minute, so that short work says nothing.
+
+    total: of the items' sizes. size: of an item, as the images in a chunk.
+    """
+    if not distributed.is_main():
+        yield from items
+        return
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=label, leave=False, dynamic_ncols=True) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
+        return
+    began = spoke = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += size(item)
+        now = time.monotonic()
+        if 0 < done < total and now - spoke >= PAUSE:
+            spoke = now
+            left = tqdm.format_interval((total - done) * (now - began) / done)
+            print(f"{label} {done}/{total} · left {left}", file=sys.stderr, flush=True)
+
+
 def _truncate(path: Path, start: int) -> None:
     """Leave the lines of steps before `start`; a last line cut short by a kill goes too."""
     if not path.exists():
@@ -303,8 +335,11 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns of fixed width: the first to the left, the others to the right, floats to 3 decimals.
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], rule: bool = True
+) -> str:
+    """Columns of fixed width: the first to the left, the others to the right, floats to 3 decimals;
+    with `rule` a line below the header.
 
     Raises ValueError if a row has not as many cells as the header.
     """
@@ -317,8 +352,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         rest = [c.rjust(n) for c, n in zip(row[1:], widths[1:], strict=True)]
         return "  ".join([row[0].ljust(widths[0]), *rest]).rstrip()
 
-    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(header), rule, *map(line, cells)])
+    lines = ["─" * (sum(widths) + 2 * (len(widths) - 1))] if rule else []
+    return "\n".join([line(header), *lines, *map(line, cells)])
 
 
 def curve(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from flux2.distributed import broadcast, largest
 from flux2.engine import Engine, share
@@ -13,13 +12,8 @@ from flux2.rng import Rng
 from flux2.runs import Interrupt
 from flux2.types import Batch, Method
 
-
-class Hook(Protocol):
-    """Something that looks at the run after a step, and may end it by returning True."""
-
-    def __call__(self, step: int) -> bool | None:
-        """step: steps done."""
-        ...
+Hook = Callable[[int], bool | None]
+"""Looks at the run after a step (given: steps done), and may end it by returning True."""
 
 
 def fit(
@@ -32,7 +26,8 @@ def fit(
     seed: int,
     save: Callable[[int], None],
     save_every: int,
-    probe: Callable[[], Mapping[str, float]] = dict,
+    probe: Callable[[int], Mapping[str, float]] = lambda step: {},
+    watch: Callable[[int, Mapping[str, float | None]], object] = lambda step, row: None,
     hooks: tuple[Hook, ...] = (),
     budget: float | None = None,
 ) -> None:
@@ -42,7 +37,7 @@ def fit(
         data: the global batch of a step, by its number.
         save: writes a checkpoint; called every `save_every` steps (0: never in between) and at the
             end, also when interrupted.
-        probe: further numbers of the step, for the log.
+        probe: steps done → further numbers of the step, for the log. watch: shown its whole line.
         budget: seconds after which the run ends early, though whole; None: no limit.
     """
     begun = time.monotonic()
@@ -61,9 +56,9 @@ def fit(
                             if micro.weight is None or micro.weight.any():  # else a stopgap
                                 log.log(step, metrics)
             engine.step = step + 1
-            log.log(step, {**engine.metrics(), **method.metrics(), **probe()})
+            log.log(step, {**engine.metrics(), **method.metrics(), **probe(engine.step)})
             log.log(step, {"time/step": time.monotonic() - started})
-            log.flush(step)
+            watch(engine.step, log.flush(step))
             stop.signum = largest(stop.signum or 0) or None  # one rank's signal stops all alike
             if stop.signum:
                 save(engine.step)

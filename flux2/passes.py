@@ -43,12 +43,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """One forward of a role.
+    """One forward of a role, or a decoding that gradients pass through.
 
     Attributes:
         rows: samples in it.
         graded: with gradients.
-        owner: trained, follower or frozen: whose weights.
+        owner: trained, follower or frozen: whose weights. decoder: the images of what the graded
+            forwards before it have made of the latents, one step after the other.
     """
 
     rows: int
@@ -82,19 +83,35 @@ class Setting:
     cuda: bool = True
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """An autoencoder's config, and the dtypes of its matrix products and of its weights."""
+
+    config: Mapping[str, Any]
+    autocast: torch.dtype | None
+    dtype: torch.dtype = torch.float32
+
+
 def velocity_curve(
-    config: Mapping[str, Any], calls: Sequence[Call], shape: Shape, setting: Setting
-) -> Curve:
+    config: Mapping[str, Any], calls: Sequence[Call], shape: Shape, setting: Setting,
+    decoder: Decoder | None = None,
+) -> Curve:  # fmt: skip
     """Bytes over forwards of a Flux2Transformer2DModel of this config, made in order, and over the
-    backward pass through those with gradients."""
+    backward pass through those with gradients.
+
+    decoder: needed where a call is a decoding. What looks at the images is not counted, save for
+    the images and their gradient.
+    """
     depth = {"double": int(config["num_layers"]), "single": int(config["num_single_layers"])}
     few = {
         **config,
         "num_layers": min(depth["double"], FEW),
         "num_single_layers": min(depth["single"], FEW),
     }
-    owners = {_place(c.owner, setting) for c in calls}
+    forwards = [c for c in calls if c.owner != "decoder"]
+    owners = {_place(c.owner, setting) for c in forwards}
     networks = {owner: _network(few, owner, setting) for owner in owners}
+    vae = None if decoder is None else _meta(decoder.config).to(decoder.dtype)
     with fake(setting.cuda) as tracker:
         roles = {}
         for owner, network in networks.items():
@@ -105,22 +122,41 @@ def velocity_curve(
             roles |= {(owner, True): role, (owner, False): plain}
             if setting.checkpointing and owner == "trained":
                 network.enable_gradient_checkpointing(role.checkpointed)  # pyright: ignore
-        samples = {c.rows: _sample(config, c.rows, shape, setting.masked) for c in calls}
+        samples = {c.rows: _sample(config, c.rows, shape, setting.masked) for c in forwards}
+        rows = next((c.rows for c in calls if c.owner == "decoder"), 0)
+        codec = None
+        if decoder is not None and vae is not None:
+            codec = LatentCodec(emptied(vae, setting.cuda), decoder.autocast)
 
         def run() -> list[Tensor]:
-            outs = []
+            outs: list[Tensor] = []
+            left = rows  # a path of latents, until they are decoded
+            path = samples[forwards[0].rows][0][:rows]
             for call in calls:
+                if call.owner == "decoder":
+                    assert codec is not None
+                    outs.append((codec.decode_float(path, shape.grid) / 2 + 0.5).clamp(0, 1))
+                    left, path = 0, path[:0]
+                    continue
                 role = roles[_place(call.owner, setting), call.owner != "frozen"]
+                x, t, cond = samples[call.rows]
                 with torch.set_grad_enabled(call.graded):
-                    outs.append(role(*samples[call.rows]))
+                    if not (left and call.graded):
+                        outs.append(role(x, t, cond))
+                        continue
+                    branches = call.rows // left  # two where they are guided
+                    v = role(torch.cat([path] * branches) if branches > 1 else path, t, cond)
+                    path = path + 0.1 * v.view(branches, left, *v.shape[1:]).sum(0)
             return outs
 
         inputs = [t for sample in samples.values() for t in _tensors(sample)]
+        inputs += [] if codec is None else [codec.mean, codec.std]
         blocks: dict[str, list[Sequence[nn.Module]]] = {"double": [], "single": []}
         for network in networks.values():
             blocks["double"].append(list(network.transformer_blocks))  # pyright: ignore
             blocks["single"].append(list(network.single_transformer_blocks))  # pyright: ignore
-        return follow(Pass(list(networks.values()), run, inputs, blocks), tracker, depth)
+        all_networks = [*networks.values(), *([] if vae is None else [vae])]
+        return follow(Pass(all_networks, run, inputs, blocks), tracker, depth)
 
 
 def _place(owner: str, setting: Setting) -> str:

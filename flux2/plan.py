@@ -1,9 +1,10 @@
 """stage=plan: which engine fits which GPUs, predicted without weights; and a line at each start.
 
     python run.py stage=plan plan=grpo model=klein-4b-base adapter=lora plan.gpus=8
+    python run.py stage=plan experiment=klein/grpo-lora
 
-`plan=` takes any stage that trains, and every key of that stage may be set. Nothing is measured,
-and nothing is read but configuration: see flux2.footprint.
+`plan=` takes any stage that trains, and every key of that stage may be set; a recipe brings its
+own. Nothing is measured, and nothing is read but configuration: see flux2.footprint.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def line(cfg: Any) -> str:
         why = " ".join(str(error).split())[:200]
         return f"memory: not predicted ({type(error).__name__}: {why})"
     stays, passes = sum(found.stays.values()) / GIB, found.passing[found.phase] / GIB
+    reward = "" if cfg.get("reward") is None else ", the reward's networks aside"
     text = (
         f"memory: {found.peak / GIB:.2f} GiB a rank predicted, {stays:.2f} to stay and "
-        f"{passes:.2f} for the {found.phase}"
+        f"{passes:.2f} for the {found.phase}{reward}"
     )
     if not cuda:
         return text
@@ -96,7 +98,7 @@ def plan(cfg: Any) -> dict[str, Any]:
     choices = list(_choices(footprint, asked.gpus))
     best = recommend(choices, asked.gpus, asked.gpu_memory)
     print("\n".join([
-        *_head(cfg, footprint), "", *_dict(chosen), "",
+        *_head(cfg, footprint), "", *_dict(chosen), *_aside(footprint), "",
         *_table(choices, asked.gpu_memory), "", advice(cfg, footprint, best, asked),
     ]), flush=True)  # fmt: skip
     out = _summary(cfg, footprint, chosen, choices, best, asked)
@@ -198,6 +200,12 @@ def _dict(chosen: Choice) -> list[str]:
     return [*out, f"  {'host, first rank':24}{found.host_peak / GIB:9.2f}"]
 
 
+def _aside(footprint: Footprint) -> list[str]:
+    """What the numbers leave out."""
+    what = footprint.uncounted
+    return [] if what is None else [f"  not counted: {what}"]
+
+
 def _table(choices: list[Choice], memory: float) -> list[str]:
     """Engines against numbers of GPUs."""
     counts = sorted({c.ranks for c in choices})
@@ -238,6 +246,7 @@ def _summary(
         "model": cfg.model.name,
         "size": [footprint.shape.height, footprint.shape.width, footprint.shape.references],
         "trained_parameters": footprint.trainable,
+        "not_counted": footprint.uncounted,
         "chosen": {
             **entry(chosen),
             "stays": dict(chosen.found.stays),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flux2.errors import InputError
 from flux2.passes import Call
 from flux2.rng import Rng
 from flux2.types import Batch, Condition, Method, RoleSpec, Scores
@@ -31,7 +31,9 @@ class Rehearsal:
     Attributes:
         collected: forwards of `collect`, the distinct ones.
         decoded: samples that are decoded and scored at once; 0 where nothing is.
-        turns: role → the forwards of one micro-batch's loss (its largest), in order.
+        turns: role → the forwards of one micro-batch's loss (its largest), in order; of those
+            without gradients that follow each other and are alike, one. A reward whose gradient is
+            followed is a call of the decoder, which has to be run for it.
         micros: role → micro-batches of an update.
         autoencoder: role → images of a micro-batch, for roles that are autoencoders.
     """
@@ -81,23 +83,24 @@ def rehearse(
         guidance: the model takes an embedded guidance strength.
         references: the batch has reference images.
     """
-    calls: list[tuple[str, int, bool]] = []
+    calls: list[Call] = []
     decoded = [0]
 
-    score = _Score(decoded)
+    score = _Score(decoded, calls)
     method = make(**({"score": score} if scored else {}))
     score.names += tuple(getattr(getattr(method, "advantage", None), "weights", None) or ())
     specs = method.roles
 
     def noter(name: str) -> Callable[[int, bool], None]:
-        return lambda count, graded: calls.append((name, count, graded))
+        owner = _owner(specs[name])
+        return lambda count, graded: calls.append(Call(count, graded, owner))
 
     roles = {name: _Role(spec, noter(name)) for name, spec in specs.items()}
     batch = _batch(rows, latents, images, unconditional, guidance, references)
     rng = Rng(0, 0)
     with contextlib.redirect_stdout(io.StringIO()):
         update = next(iter(method.collect(roles, batch, rng)))
-        collected = _calls(calls, specs)
+        collected = tuple(dict.fromkeys(calls))
         turns: dict[str, tuple[Call, ...]] = {}
         largest = max(update, key=len)
         for turn in method.turns:
@@ -105,10 +108,10 @@ def rehearse(
             for name, role in roles.items():
                 role.scale.requires_grad_(name == turn.role)
             turn.loss(roles, largest, rng)
-            turns[turn.role] = _calls(calls, specs)
+            turns[turn.role] = _distinct(calls)
     kinds = {name for name, spec in specs.items() if spec.kind == "autoencoder"}
     return Rehearsal(
-        tuple(dict.fromkeys(collected)),
+        collected,
         decoded[0],
         {name: c for name, c in turns.items() if name not in kinds},
         {name: len(update) for name in turns},
@@ -116,8 +119,10 @@ def rehearse(
     )
 
 
-def _calls(calls: list[tuple[str, int, bool]], specs: Mapping[str, RoleSpec]) -> tuple[Call, ...]:
-    return tuple(Call(rows, graded, _owner(specs[name])) for name, rows, graded in calls)
+def _distinct(calls: Sequence[Call]) -> tuple[Call, ...]:
+    """Without the repetitions of a sampler's steps: a forward without gradients leaves nothing."""
+    kept = [c for before, c in pairwise([None, *calls]) if c and (c.graded or c != before)]
+    return tuple(kept)
 
 
 def _owner(spec: RoleSpec) -> str:
@@ -127,10 +132,11 @@ def _owner(spec: RoleSpec) -> str:
 
 
 class _Score:
-    """Any reward's face; notes the largest batch that is decoded."""
+    """Any reward's face; notes the largest batch that is decoded, and what is decoded with
+    gradients."""
 
-    def __init__(self, decoded: list[int]) -> None:
-        self._decoded, self.names = decoded, ("reward",)
+    def __init__(self, decoded: list[int], calls: list[Call]) -> None:
+        self._decoded, self._calls, self.names = decoded, calls, ("reward",)
 
     def __call__(self, x: Tensor, batch: Batch) -> Callable[[], Scores]:
         self._decoded[0] = max(self._decoded[0], len(x))
@@ -141,9 +147,9 @@ class _Score:
         """It has one."""
 
     def differentiable(self, x: Tensor, batch: Batch) -> Tensor:
-        raise InputError(
-            "what a gradient through the decoder and the reward holds is not predicted: try it"
-        )
+        """b n c → b, with gradients."""
+        self._calls.append(Call(len(x), True, "decoder"))
+        return x.mean((1, 2))
 
 
 def _batch(

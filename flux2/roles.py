@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from flux2 import adapters
 from flux2.adapters import LoRA
 from flux2.errors import InputError
-from flux2.model import Flux2
+from flux2.model import AUTOCAST, Flux2
+from flux2.rng import keyed
 from flux2.types import Condition, RoleSpec
 
 
@@ -78,6 +79,23 @@ class VelocityRole:
 
         return self.root(run)[:, : x.shape[1]].float()
 
+    def features(self, x: Tensor, t: Tensor, cond: Condition, block: int) -> tuple[Tensor, Tensor]:
+        """See `flux2.types.Features`. Raises InputError for a block that there is not."""
+        body: Any = self.backbone
+        blocks = [*body.transformer_blocks, *body.single_transformer_blocks]
+        if not 1 <= block <= len(blocks):
+            raise InputError(f"there is no block {block}: the transformer has 1 to {len(blocks)}")
+        kept: list[Any] = []
+        handle = blocks[block - 1].register_forward_hook(lambda *call: kept.append(call[-1]))
+        try:
+            v = self(x, t, cond)
+        finally:
+            handle.remove()
+        # A double-stream block gives (text, image), a single-stream one both in one row.
+        out = kept[0]
+        states = out[1] if isinstance(out, tuple) else out[:, cond.text.shape[1] :]
+        return v, states[:, : x.shape[1]].float()
+
     def _cast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
 
@@ -90,6 +108,15 @@ class VelocityRole:
                 return block(*inner, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False)
+
+
+def velocity_of(model: Flux2, autocast: str = "fp32") -> VelocityRole:
+    """A model as it is, with no adapter, as a velocity; for whoever samples and does not train.
+
+    autocast: of conf/engine, a key of `flux2.model.AUTOCAST`.
+    """
+    network = model.transformer
+    return VelocityRole(network, adapters.Switch(network), None, AUTOCAST[autocast])
 
 
 def _active(switch: adapters.Switch) -> str | None:
@@ -116,6 +143,19 @@ class AutoencoderRole:
                 z = z + posterior.std * noise(tuple(z.shape[1:])).to(z)
             out = self.vae.decode(z).sample  # pyright: ignore
         return out.float(), posterior.mean.float(), posterior.logvar.float()
+
+
+def _projector(model: Flux2, out: int, seed: int, name: str) -> nn.Module:
+    """b n w → b n out: REPA's three layers with SiLU (arXiv 2410.06940), 2048 wide between, or four
+    times the transformer's width where that is less."""
+    config: Any = model.transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    inner = min(2048, 4 * width)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(keyed(seed, "projector", name).integers(1 << 62)))
+        sizes = ((width, inner), (inner, inner), (inner, out))
+        first, second, third = (nn.Linear(*size) for size in sizes)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third).to(model.device)
 
 
 class Storage(Protocol):
@@ -205,6 +245,9 @@ class Roles(Mapping[str, Any]):
             if specs[name].kind == "autoencoder":
                 self._roles[name] = AutoencoderRole(module, autocast)
                 continue
+            if specs[name].kind == "projector":
+                self._roles[name] = module
+                continue
             role = VelocityRole(module, switches[backbone], adapter, autocast)
             self._roles[name] = role
             if checkpointing and specs[name].trainable:
@@ -240,6 +283,10 @@ class Roles(Mapping[str, Any]):
             self.backbones["vae"] = model.vae
             self._parameters[name] = self._owned(model.vae.named_parameters())
             return "vae", None
+        if spec.kind == "projector":
+            self.backbones[name] = _projector(model, spec.out, self._seed, name)
+            self._parameters[name] = self._owned(self.backbones[name].named_parameters())
+            return name, None
         if not own:
             self.backbones["base"] = model.transformer
             return "base", None

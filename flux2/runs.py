@@ -238,6 +238,31 @@ def _resumable(cfg: DictConfig, path: Path) -> dict[str, Any] | None:
     return None
 
 
+_ASIDE = ("run", "launch", "resume", "logger", "init_from")
+"""Keys that may differ between a run and the same run asked for again."""
+
+
+def finished(cfg: DictConfig) -> dict[str, Any] | None:
+    """The summary of the run in cfg.run.dir, if resume=auto finds it done with this very
+    configuration and from the same weights: a sweep that is asked for again does only what is
+    missing. None where there is something to do."""
+    path = Path(cfg.run.dir)
+    if cfg.resume != "auto" or not (path / MANIFEST).exists():
+        return None
+    manifest = read_json(path / MANIFEST)
+    if manifest["status"] != "done" or not (path / "summary.json").exists():
+        return None
+    was, asked = (
+        {k: v for k, v in OmegaConf.to_container(c, resolve=True).items() if k not in _ASIDE}  # type: ignore[union-attr]
+        for c in (OmegaConf.load(path / "config.yaml"), cfg)
+    )
+    if was != asked:
+        return None
+    if manifest["parents"] or cfg.init_from is not None:
+        same_init(cfg, path, manifest["parents"])
+    return read_json(path / "summary.json")
+
+
 def resolve_resume(cfg: DictConfig) -> Path | None:
     """The checkpoint to go on from, verified by rank 0; None: start at step 0. Every rank must
     call.

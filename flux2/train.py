@@ -5,10 +5,9 @@ Everything that can be refused is refused before a weight is read.
 
 from __future__ import annotations
 
-import inspect
+import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from flux2 import distributed, plan, quantise
+from flux2 import checkpoint, distributed, plan, quantise
 from flux2.adapters import LoRA
 from flux2.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from flux2.data.cache import RowCache, fingerprint
-from flux2.data.loader import Collator, Loader
+from flux2.data.captions import check_weights
+from flux2.data.loader import Collator, Loader, check_group_lengths
+from flux2.data.order import identity, judges, report
 from flux2.data.sampler import IndexSampler
 from flux2.distributed import pick_device
 from flux2.engine import Engine
 from flux2.errors import InputError
 from flux2.export import Target, check_target, export_autoencoder, export_run
-from flux2.files import write_json
 from flux2.lineage import (
     check_lineage,
     check_same_base,
@@ -41,22 +41,19 @@ from flux2.lineage import (
 from flux2.log import Log
 from flux2.loop import Hook, fit
 from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial
+from flux2.monitor import Blind, Monitor, go_back
 from flux2.optim import LearningRate
 from flux2.roles import Roles
 from flux2.runs import Run, resolve_resume
 from flux2.schedule import Schedule
-from flux2.types import (
-    Batch,
-    Calibrated,
-    Deferred,
-    Differentiable,
-    Method,
-    RoleSpec,
-    Scores,
-)
+from flux2.scorer import Scorer, calibrate, close
+from flux2.types import Batch, Deferred, Method, RoleSpec
 from flux2.zero import Sharded, Zero, check_zero
 
-AXES = ("window", "kernel", "surrogate", "anchor", "advantage", "through")
+AXES = (
+    "window", "kernel", "surrogate", "anchor", "advantage", "through", "filter", "density",
+    "weighting", "target", "align",
+)  # fmt: skip
 """Groups of conf/ whose choice becomes a part of the method."""
 ASIDE = 10**6
 """Batches from this step on serve for measuring, beside those that are trained on."""
@@ -92,6 +89,10 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"optim.clip is {cfg.optim.clip}: it must be at least 0 (0: no clipping)")
     if not 0 <= cfg.data.caption_dropout <= 1:
         raise InputError(f"data.caption_dropout is {cfg.data.caption_dropout}: give 0 to 1")
+    if cfg.data.get("captions") is not None:
+        check_weights(cfg.data.captions)
+    if cfg.data.get("group_lengths"):
+        check_group_lengths(bool(cfg.model.get("mask_padding", False)))
     if cfg.data.release_encoder and cfg.data.cache is None:
         raise InputError("data.release_encoder needs data.cache: give a folder to encode into")
     if cfg.data.release_encoder and cfg.model.path is None and cfg.train.export:
@@ -143,104 +144,6 @@ def sharding(engine: Any) -> Zero:
                 engine.bucket, extra)  # fmt: skip
 
 
-class Scorer:
-    """reward ∘ decode, as methods get it. Made before the model, so that a method can be checked
-    first. No dataclass: Hydra would hand methods a dictionary of it."""
-
-    def __init__(self, reward: Any, model: Flux2 | None = None) -> None:
-        self.reward, self.model = reward, model
-        self.works = False
-        self._seconds, self._told = 0.0, Counter[str]()
-
-    def __call__(self, x: torch.Tensor, batch: Batch) -> Callable[[], Scores]:
-        """Starts scoring; rewards that work in processes of their own are not waited for."""
-        assert self.model is not None
-        images, reward = self.model.codec.decode(x, batch.grid), self.reward
-        begun = time.perf_counter()
-        if isinstance(reward, Deferred):
-            pending = reward.submit(images, batch)
-            self._seconds += time.perf_counter() - begun
-            return lambda: self._wait(lambda: reward.result(pending))
-        scores = self._wait(lambda: reward(images, batch))
-        return lambda: scores
-
-    def _wait(self, scores: Callable[[], Scores]) -> Scores:
-        begun = time.perf_counter()
-        found = scores()
-        self._seconds += time.perf_counter() - begun
-        self.works = self.works or not bool(found["reward"].isnan().all())
-        return found
-
-    def probe(self) -> dict[str, float]:
-        """After a step, on all ranks: seconds that it spent waiting for rewards, and how many
-        samples of all ranks could not be scored, by reason; {} without a reward.
-
-        Raises:
-            InputError: nobody could score anything in the first step. Later failures are masked,
-                but such a run is set up wrongly.
-        """
-        if self.reward is None:
-            return {}
-        seconds, self._seconds = self._seconds, 0.0
-        counts = Counter(getattr(self.reward, "failures", {}))
-        mine, self._told = counts - self._told, counts
-        new: Counter[str] = Counter()
-        for works, part in distributed.gather_objects((self.works, mine)):
-            self.works = self.works or works
-            new.update(part)
-        if not self.works:
-            why = ", ".join(f"{k} × {n}" for k, n in new.items())
-            raise InputError(
-                f"the reward scored no sample of the first step ({why or 'all NaN'}): give prompts "
-                "that it can score, or another reward (reward=ocr-whole reads without a known "
-                "region)"
-            )
-        return {"time/reward": seconds, **{f"failures/{k}": float(n) for k, n in new.items()}}
-
-    @property
-    def engines(self) -> list[str]:
-        """What scores, as the manifest keeps it and evaluation marks it; [] without a reward."""
-        reward = self.reward
-        return [] if reward is None else [str(getattr(reward, "engine", type(reward).__name__))]
-
-    def check_gradient(self) -> None:
-        """Raises InputError where the reward has no gradient."""
-        card = getattr(self.reward, "card", None)
-        if not isinstance(self.reward, Differentiable) or (card and not card.differentiable):
-            raise InputError(
-                f"the reward {type(self.reward).__name__} has no gradient: choose one that has "
-                "(docs/rewards.md), or stage=nft"
-            )
-
-    def differentiable(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Latents b n c → b, with gradients through the decoder."""
-        assert self.model is not None
-        images = (self.model.codec.decode_float(x, batch.grid) / 2 + 0.5).clamp(0, 1)
-        begun = time.perf_counter()
-        found = self.reward.differentiable(images, batch)
-        self._seconds += time.perf_counter() - begun
-        self.works = self.works or not bool(found.isnan().all())
-        return found
-
-    def describe(self) -> str | None:
-        """A line on what scores and under which licence; None without a reward that says so."""
-        card = getattr(self.reward, "card", None)
-        if card is None:
-            return None
-        scorers = [part.partition("(")[0] for part in self.engines[0].split(" + ")]
-        return f"reward: {' + '.join(scorers)}, {card.cost}; licence: {card.licence}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the reward measured at the start, if it does."""
-        return self.reward.state_dict() if isinstance(self.reward, Calibrated) else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict."""
-        self.works = True  # it did, before
-        if isinstance(self.reward, Calibrated):
-            self.reward.load_state_dict(state)
-
-
 def learning_rate(cfg: Any, steps: int) -> LearningRate:
     """conf/optim's schedule; decays reach 0 at the run's end unless `total` says otherwise."""
     total = cfg.total if cfg.total is not None else steps
@@ -255,6 +158,8 @@ class Parts:
     lora: LoRA | None
     rate: LearningRate
     evaluation: Any
+    heldout: Any
+    monitor: Monitor
     reward: Any
     score: Scorer
     method: Method
@@ -267,13 +172,7 @@ class Parts:
 
     def close(self) -> None:
         """Ends the processes that the parts have started."""
-        _close(self.reward, self.evaluation)
-
-
-def _close(*parts: Any) -> None:
-    for part in parts:
-        if hasattr(part, "close"):
-            part.close()
+        close(self.reward, self.evaluation, self.monitor)
 
 
 def assemble(cfg: DictConfig) -> Parts:
@@ -293,20 +192,23 @@ def assemble(cfg: DictConfig) -> Parts:
             f"{type(optimizer).__name__} does not: choose engine=none or ddp, or optim=adamw"
         )
     evaluation = build(cfg.evaluation) if OmegaConf.select(cfg, "evaluation._target_") else None
+    heldout = build(cfg.heldout) if OmegaConf.select(cfg, "heldout._target_") else None
+    monitor = build(cfg.monitor) if OmegaConf.select(cfg, "monitor._target_") else Blind()
     reward = build(cfg.reward) if cfg.reward is not None else None
     try:
-        return _fitted(cfg, dataset, lora, rate, evaluation, reward)
+        return _fitted(cfg, dataset, lora, rate, evaluation, heldout, monitor, reward)
     except BaseException:
-        _close(reward, evaluation)  # else their processes keep the command from ending
+        close(reward, evaluation, monitor)  # else their processes keep the command from ending
         raise
 
 
 def _fitted(
     cfg: DictConfig, dataset: Any, lora: LoRA | None, rate: LearningRate, evaluation: Any,
-    reward: Any,
+    heldout: Any, monitor: Monitor, reward: Any,
 ) -> Parts:  # fmt: skip
     """The method over its reward, and whether all of it fits the model and its lineage."""
     score = Scorer(reward)
+    score.tap = monitor.tap
     method: Method = build(cfg.method, **({} if reward is None else {"score": score}))
     for name, spec in method.roles.items():
         _check_role(cfg, name, spec)
@@ -314,7 +216,9 @@ def _fitted(
     schedule = build(cfg.sampler.schedule) if cfg.get("sampler") is not None else None
     if schedule is not None and cfg.train.export:
         check_target(Target("diffusers", DTYPES[cfg.train.export_dtype], schedule=schedule), None)
-    parts = Parts(dataset, lora, rate, evaluation, reward, score, method, schedule)
+    parts = Parts(
+        dataset, lora, rate, evaluation, heldout, monitor, reward, score, method, schedule
+    )
     check_lineage(cfg, init_of(cfg), method.accepts, parts.schedule_hash)
     return parts
 
@@ -322,7 +226,7 @@ def _fitted(
 def _check_role(cfg: DictConfig, name: str, spec: RoleSpec) -> None:
     if cfg.engine.kind != "deepspeed":
         return
-    if spec.kind == "autoencoder":
+    if spec.kind != "velocity":
         raise InputError(
             f"stage={cfg.stage.name} trains a small network: choose engine=none or ddp"
         )
@@ -363,28 +267,30 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         if distributed.is_main():
             with distributed.apart():
                 lines = (
-                    describe(run.path), licence_note(cfg), parts.score.describe(), plan.line(cfg)
+                    describe(run.path), licence_note(cfg), parts.score.describe(), plan.line(cfg),
+                    *report(parts.dataset),
                 )  # fmt: skip
             for line in filter(None, lines):
                 print(line, flush=True)
         model = parts.score.model = load_initial(cfg, device)
         collate = Collator(model, **cfg.data.collate, cache=_cache(cfg, model, parts.dataset))
         data = Loader(
-            parts.dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout
-        )
+            parts.dataset, collate, cfg.data.batch_size, cfg.seed, cfg.data.caption_dropout,
+            cfg.data.get("captions"), bool(cfg.data.get("group_lengths")),
+        )  # fmt: skip
         if cfg.data.release_encoder:
-            _release(data, parts.evaluation)
+            _release(data, parts)
         engine = build_engine(cfg, parts, model)
         if resumed is not None:
             check_same_base(cfg, run.manifest, model.info.hash)
-            _restore(engine, parts, load_checkpoint(resumed, verify=False))
+            _restore(engine, parts, data, load_checkpoint(resumed, verify=False))
         run.update(
             result_role=parts.method.result or cfg.model.role,
             base=asdict(model.info),
             trained=list(engine.roles.trainable),
             # What judged pairs trains as a reward does.
             rewards=trained_rewards(
-                cfg, run.path, (*parts.score.engines, *getattr(parts.dataset, "rewards", ()))
+                cfg, run.path, (*parts.score.engines, *judges(parts.dataset))
             ),
             schedule_hash=parts.schedule_hash,
         )
@@ -398,9 +304,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         parts.close()
 
 
-def _fit(
-    cfg: DictConfig, parts: Parts, engine: Engine, data: Loader, log: Log
-) -> dict[str, Any]:
+def _fit(cfg: DictConfig, parts: Parts, engine: Engine, data: Loader, log: Log) -> dict[str, Any]:
     """The loop, the export and the last evaluation."""
     model, run, evaluation = parts.score.model, Run(Path(cfg.run.dir)), parts.evaluation
     assert model is not None
@@ -413,25 +317,66 @@ def _fit(
             raise InputError(
                 f"train.best names {cfg.train.best[0]!r}: choose from {', '.join(names)}"
             )
-    fit(
-        engine,
-        parts.method,
-        data,
-        log,
-        steps=cfg.train.steps,
-        seed=cfg.seed,
-        save=_saver(cfg, run, engine, parts),
-        save_every=cfg.train.save_every,
-        probe=parts.score.probe,
-        hooks=hooks,
-        budget=cfg.train.budget,
-    )
+    heldout = parts.heldout
+    if heldout is not None:
+        heldout.start(cfg, model, engine.roles, log, engine.step)
+    save, monitor = _saver(cfg, run, engine, parts, data), parts.monitor
+    monitor.start(cfg, model, engine.roles, log, engine.step)
+    if engine.step == 0 and monitor.improved(0):
+        save(0)  # the model as it is may turn out to be the best
+
+    def watched(step: int) -> bool:
+        if monitor.improved(step):
+            save(step)
+        return monitor.stopped is not None
+
+    try:
+        fit(
+            engine,
+            parts.method,
+            data,
+            log,
+            steps=engine.step if monitor.stopped else cfg.train.steps,
+            seed=cfg.seed,
+            save=save,
+            save_every=cfg.train.save_every,
+            probe=lambda step: {
+                **parts.score.probe(),
+                **data.observe(*parts.score.noted()),
+                **({} if heldout is None else heldout.probe(step)),
+                **monitor.probe(step),
+            },
+            watch=monitor.watch,
+            hooks=(*hooks, watched),
+            budget=cfg.train.budget,
+        )
+    except Exception:
+        if distributed.is_main() and [k for k, _ in checkpoint.steps(run.checkpoints)] == [0]:
+            shutil.rmtree(run.checkpoints)  # nothing was trained: it may be started again
+        raise
+    exported = _settle(cfg, run, engine, monitor)
     summary: dict[str, Any] = {"stage": cfg.stage.name, "steps": engine.step}
     if cfg.train.export:
         summary["export"] = str(_export(cfg, run, model, engine.roles, data, parts))
     if evaluation is not None:
-        summary |= evaluation.finish(engine.step)
-    return summary
+        summary |= evaluation.finish(exported["step"])
+    if heldout is not None:
+        summary |= heldout.finish(exported["step"])
+    return summary | monitor.finish(exported)
+
+
+def _settle(cfg: DictConfig, run: Run, engine: Engine, monitor: Monitor) -> dict[str, Any]:
+    """Which step's weights are the result, in the engine's roles and the manifest: the last ones',
+    unless the monitor, or train.best, says that an earlier checkpoint is better."""
+    why = monitor.back(engine.step)
+    if cfg.train.best is not None:
+        why = f"best {cfg.train.best[0]} of the checkpoints"
+    step = go_back(engine, run.checkpoints) if why is not None else None
+    if step is None or step == engine.step:
+        step, why = engine.step, "the last"
+    exported = {"step": step, "of": engine.step, "why": why}
+    run.update(exported=exported)
+    return exported
 
 
 def _cache(cfg: DictConfig, model: Flux2, dataset: Any) -> RowCache | None:
@@ -439,64 +384,60 @@ def _cache(cfg: DictConfig, model: Flux2, dataset: Any) -> RowCache | None:
     if cfg.data.cache is None:
         return None
     text, codec = model.text, model.codec
-    code = Path(inspect.getsourcefile(type(dataset)) or "").read_bytes()  # how it draws and reads
     spelling = (text.tokenizer.get_vocab(), text.tokenizer.chat_template)
-    facts = (dataset, code, spelling, text.max_length, text.layers, codec.autocast, codec.patch)
+    facts = (identity(dataset), spelling, text.max_length, text.layers, codec.autocast, codec.patch)
     key = fingerprint(*facts, modules=(model.vae, text.encoder))
     return RowCache(Path(cfg.data.cache), key, len(dataset))
 
 
-def _release(data: Loader, evaluation: Any) -> None:
+def _release(data: Loader, parts: Parts) -> None:
     """Encodes every record into the cache, and what else will be asked for; frees the encoder."""
     text = data.collate.model.text
     data.fill()
-    held = [] if evaluation is None else [r.prompt for r in evaluation.records()]
-    text.keep(["", *held])
+    asked = [p for p in (parts.evaluation, parts.heldout, parts.monitor) if p is not None]
+    text.keep(["", *(r.prompt for part in asked for r in part.records())])
     text.release()
 
 
-def _restore(engine: Engine, parts: Parts, checkpoint: Checkpoint) -> None:
+def _restore(engine: Engine, parts: Parts, data: Loader, checkpoint: Checkpoint) -> None:
     engine.load(checkpoint.state["engine"], checkpoint.tensors)
     parts.method.load_state_dict(checkpoint.state["method"])
     parts.score.load_state_dict(checkpoint.state["score"])
+    data.load_state_dict(checkpoint.state.get("data", {}))
+    if checkpoint.state.get("monitor"):  # {}: the run was not watched until now
+        parts.monitor.load_state_dict(checkpoint.state["monitor"])
 
 
 def _calibrate(cfg: DictConfig, parts: Parts, engine: Engine, data: Loader, log: Log) -> None:
-    """Lets a reward measure what it wants to know of the policy, on all ranks together."""
-    reward, model = parts.reward, parts.score.model
-    if not isinstance(reward, Calibrated) or reward.wants is None:
+    """Lets a reward measure what it wants to know of the policy, on batches beside training's."""
+    if parts.score.wants is None:
         return
-    assert model is not None
-    count, times = reward.wants
     sampler, role = build(cfg.sampler), engine.roles[engine.roles.trainable[0]]
+
+    def draw(k: int, times: int) -> tuple[torch.Tensor, Batch]:
+        batch = data(ASIDE + k).repeat(times)
+        return sampler(role, batch, cfg.seed + k), batch
+
     share = cfg.data.batch_size // distributed.size()
-
-    def chunks() -> Iterator[tuple[torch.Tensor, Batch]]:
-        for k in range(-(-count // share)):
-            batch = data(ASIDE + k).repeat(times)
-            yield model.codec.decode(sampler(role, batch, cfg.seed + k), batch.grid), batch
-
-    found = reward.calibrate(chunks())
-    total = count * distributed.size()
-    log.print(f"calibrated on {total} prompts × {times}: spread within a group")
-    names = sorted({c for by in found.values() for c in by})
-    cells = {k: [f"{by[c]:.4f}" if c in by else "-" for c in names] for k, by in found.items()}
-    header = ["reward", *("all" if c == "*" else c or "none" for c in names)]
-    log.table(header, [[k, *row] for k, row in cells.items()])
-    if distributed.is_main():
-        write_json(Path(cfg.run.dir) / "calibration.json", found)
+    calibrate(parts.score, draw, share, log, Path(cfg.run.dir) / "calibration.json")
 
 
-def _saver(cfg: DictConfig, run: Run, engine: Engine, parts: Parts) -> Callable[[int], None]:
-    evaluation = parts.evaluation
+def _saver(
+    cfg: DictConfig, run: Run, engine: Engine, parts: Parts, data: Loader
+) -> Callable[[int], None]:
+    saved: set[int] = set()
 
     def save(step: int) -> None:
-        state = {"engine": engine.state_dict(), "method": parts.method.state_dict(),
-                 "score": parts.score.state_dict()}  # fmt: skip
-        best = None
-        if cfg.train.best is not None and evaluation is not None:
+        if step in saved:
+            return
+        saved.add(step)
+        parts_of = {"method": parts.method, "score": parts.score, "monitor": parts.monitor,
+                    "data": data}  # fmt: skip
+        state = {"engine": engine.state_dict(), **{k: p.state_dict() for k, p in parts_of.items()}}
+        best = parts.monitor.score(step)
+        if cfg.train.best is not None and parts.evaluation is not None:
             name, mode = cfg.train.best
-            value = evaluation.latest(step).get(name)
+            value = parts.evaluation.latest(step).get(name)
             best = None if value is None else (name, value, mode)
         tensors = engine.own_tensors()
         write_checkpoint(

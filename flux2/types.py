@@ -150,6 +150,15 @@ class Velocity(Protocol):
         ...
 
 
+class Features(Protocol):
+    """A velocity that also tells what it has inside."""
+
+    def features(self, x: Tensor, t: Tensor, cond: Condition, block: int) -> tuple[Tensor, Tensor]:
+        """v as by calling: b n c, and the target tokens' hidden states after `block` blocks, the
+        first being 1: b n w, fp32."""
+        ...
+
+
 class Autoencoder(Protocol):
     """What the role of an autoencoder's method can do, with gradients."""
 
@@ -170,15 +179,18 @@ class RoleSpec:
 
     Attributes:
         trainable: gets a parameter group of its own, as an adapter or as a full copy.
-        kind: "velocity", or "autoencoder".
+        kind: "velocity", "autoencoder", or "projector": a small network of its own from the
+            transformer's hidden states, b n w, to b n `out`.
         follows: a role whose weights this one tracks by exponential moving average.
         decay: of that average, per update of the role followed; 0 copies it.
+        out: length of a projector's outputs.
     """
 
     trainable: bool = False
     kind: str = "velocity"
     follows: str | None = None
     decay: float = 0.0
+    out: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,15 @@ from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import EmpiricalShift, Schedule
 from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
-from posttrain._common import Noised, check_group, check_positive, rollout, weigh, weighted
+from posttrain._common import (
+    GroupFilter,
+    Noised,
+    check_group,
+    check_positive,
+    draw_euler,
+    rollout,
+    weighted,
+)
 from posttrain.advantages import Advantage, GroupRelative
 from posttrain.axes import Anchor, clipped
 
@@ -54,6 +62,7 @@ class AWM:
     density: TimeDensity = field(default_factory=LogitNormal)
     anchor: Anchor = field(default_factory=lambda: Anchor(space="velocity"))
     advantage: Advantage = field(default_factory=GroupRelative)
+    filter: GroupFilter = field(default_factory=GroupFilter)
     schedule: Schedule = field(default_factory=EmpiricalShift)
     accepts: ClassVar[tuple[str, ...]] = ("base",)
     result: ClassVar[str | None] = None
@@ -82,16 +91,13 @@ class AWM:
         """Samples, scores and centres; yields the updates' micro-batches."""
         policy = guided(roles["policy"], self.guidance)
         grid = self.schedule(self.steps, batch.shape[0])
-        drawn = rollout(
-            policy, batch, self.group, self.chunk, grid, rng, self.score, self.advantage
-        )
-        self._metrics, adv = drawn.metrics, drawn.advantages
-        parts = zip(
-            drawn.chunks, adv.value.split(self.chunk), adv.valid.split(self.chunk), strict=True
-        )
+        drawn = rollout(draw_euler(policy, grid, rng), batch, self.group, self.chunk, self.score,
+                        self.advantage, self.filter)  # fmt: skip
+        self._metrics = drawn.metrics
         micro = [
-            self._at(roles, replace(c, weight=weigh(c, v), extra={"advantage": a}), k, rng)
-            for c, a, v in parts
+            self._at(roles, replace(m, extra={"advantage": c.advantage}), k, rng)
+            for c in drawn.chunks
+            for m in c.weighed()
             for k in range(self.times)
         ]
         for k in range(self.updates):

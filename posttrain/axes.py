@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flux2.errors import InputError
-from flux2.flow import Transition
+from flux2.flow import Kernel, Transition
 from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import Grid
@@ -124,6 +124,15 @@ def _inside(steps: range | list[int], grid: Grid) -> tuple[int, ...]:
             "noiseless: change method.window, choose window=all, or add steps"
         )
     return tuple(steps)
+
+
+def no_kernel() -> Kernel:
+    """kernel=ode. Raises InputError."""
+    raise InputError(
+        "kernel=ode: a step of the ODE is no draw, so it has no likelihood, and there is no ratio to "
+        "clip: choose kernel=flow, dance or cps, or a method that samples by the ODE (stage=nft, "
+        "stage=awm)"
+    )
 
 
 # ---------------------------------------------------------------- how far a step may drift

@@ -34,7 +34,7 @@ from flux2.rng import Rng
 from flux2.samplers import guided, sample_sde
 from flux2.schedule import EmpiricalShift, Grid, Schedule
 from flux2.types import Batch, Condition, Metrics, RoleSpec, Score, Turn, Velocity
-from posttrain._common import Scoring, check_group, told, weigh, weighted
+from posttrain._common import GroupFilter, check_group, rollout, weighted
 from posttrain.advantages import Advantage, GroupRelative
 from posttrain.axes import Anchor, Clip, FirstSteps, Replayed, Surrogate, Window
 
@@ -65,6 +65,7 @@ class GRPO:
     surrogate: Surrogate = field(default_factory=Clip)
     anchor: Anchor = field(default_factory=Anchor)
     advantage: Advantage = field(default_factory=GroupRelative)
+    filter: GroupFilter = field(default_factory=GroupFilter)
     schedule: Schedule = field(default_factory=EmpiricalShift)
     accepts: ClassVar[tuple[str, ...]] = ("base",)
     result: ClassVar[str | None] = None
@@ -106,32 +107,27 @@ class GRPO:
         """Samples, scores and centres; yields the updates' micro-batches."""
         grid = self.schedule(self.steps, batch.shape[0])
         window = self.window(grid, rng)
-        samples = batch.repeat(self.group)
-        scoring = Scoring(self.score, samples, self.group)
-        rollouts = [
-            self._rollout(roles["policy"], chunk, grid, window, rng, scoring)
-            for chunk in samples.split(self.chunk)
-        ]
-        scores = scoring.result()
-        adv = self.advantage(scores, samples.groups)  # a prompt's group is whole on its rank
+
+        def draw(chunk: Batch) -> tuple[Tensor, list[Batch]]:
+            return self._draw(roles["policy"], chunk, grid, window, rng)
+
+        drawn = rollout(
+            draw, batch, self.group, self.chunk, self.score, self.advantage, self.filter
+        )
         if self._floor is None:
-            self._measure_floor(self._trained(roles["policy"]), rollouts[0][0], grid)
-        self._metrics = {**told(scores), "window": float(window[0]), **adv.metrics}
-        parts = zip(adv.value.split(self.chunk), adv.valid.split(self.chunk), rollouts, strict=True)
-        chunks = list(parts)
+            self._measure_floor(self._trained(roles["policy"]), drawn.chunks[0].micro[0], grid)
+        self._metrics = {**drawn.metrics, "window": float(window[0])}
         for k in range(self.updates):
             yield [
-                replace(s, weight=weigh(s, v), extra={**s.extra, "advantage": a})
-                for a, v, steps in chunks[k :: self.updates]
-                for s in steps
+                replace(s, extra={**s.extra, "advantage": c.advantage})
+                for c in drawn.chunks[k :: self.updates]
+                for s in c.weighed()
             ]
 
-    @torch.no_grad()
-    def _rollout(
-        self, role: Velocity, batch: Batch, grid: Grid, window: tuple[int, ...], rng: Rng,
-        scoring: Scoring,
-    ) -> list[Batch]:  # fmt: skip
-        """One chunk's noisy steps as micro-batches; its images go to be scored."""
+    def _draw(
+        self, role: Velocity, batch: Batch, grid: Grid, window: tuple[int, ...], rng: Rng
+    ) -> tuple[Tensor, list[Batch]]:
+        """One chunk's samples, b n c, and its noisy steps as micro-batches."""
         assert batch.cond is not None
         device, ids = batch.cond.text.device, batch.ids
         x = rng("rollout", ids, batch.shape).to(device)
@@ -148,8 +144,7 @@ class GRPO:
             extra = {"x": s.x, "x_next": s.x_next, "mean": mean, "log_prob": log_prob,
                      "i": torch.full_like(ids, s.i)}  # fmt: skip
             micro.append(replace(batch, extra=extra))
-        scoring.add(x0)
-        return micro
+        return x0, micro
 
     def _law(
         self, velocity: Velocity, x: Tensor, cond: Condition, grid: Grid, i: int

@@ -25,7 +25,15 @@ from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import EmpiricalShift, Schedule
 from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
-from posttrain._common import Noised, check_group, check_positive, rollout, weigh, weighted
+from posttrain._common import (
+    GroupFilter,
+    Noised,
+    check_group,
+    check_positive,
+    draw_euler,
+    rollout,
+    weighted,
+)
 from posttrain.advantages import Advantage, GroupRelative
 from posttrain.axes import Anchor
 
@@ -55,6 +63,7 @@ class NFT:
     density: TimeDensity = field(default_factory=LogitNormal)
     anchor: Anchor = field(default_factory=lambda: Anchor(space="velocity"))
     advantage: Advantage = field(default_factory=GroupRelative)
+    filter: GroupFilter = field(default_factory=GroupFilter)
     schedule: Schedule = field(default_factory=EmpiricalShift)
     accepts: ClassVar[tuple[str, ...]] = ("base",)
     result: ClassVar[str | None] = None
@@ -87,17 +96,16 @@ class NFT:
     ) -> Iterable[Sequence[Batch]]:
         """Samples from the old policy, scores and centres; one update."""
         old, grid = guided(roles["old"], self.guidance), self.schedule(self.steps, batch.shape[0])
-        drawn = rollout(old, batch, self.group, self.chunk, grid, rng, self.score, self.advantage)
-        self._metrics, adv = drawn.metrics, drawn.advantages
-        optimality = (adv.value / (2 * self.advantage.bound) + 0.5).clamp(0, 1)
-        rows = zip(
-            drawn.chunks, optimality.split(self.chunk), adv.valid.split(self.chunk), strict=True
-        )
+        drawn = rollout(draw_euler(old, grid, rng), batch, self.group, self.chunk, self.score,
+                        self.advantage, self.filter)  # fmt: skip
+        self._metrics, bound = drawn.metrics, self.advantage.bound
         yield [
-            replace(c, weight=weigh(c, v), extra={"r": r, "k": torch.full_like(c.ids, k)})
-            for c, r, v in rows
+            replace(m, extra={"r": (c.advantage / (2 * bound) + 0.5).clamp(0, 1),
+                              "k": torch.full_like(m.ids, k)})
+            for c in drawn.chunks
+            for m in c.weighed()
             for k in range(self.times)
-        ]
+        ]  # fmt: skip
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Weighted sum over one chunk at one draw of noise levels."""

@@ -1,6 +1,7 @@
 """Supervised flow matching: pretraining from scratch, and finetuning.
 
-    t ~ p(t),  ε ~ N(0, I),  x_t = (1 − t)·x0 + t·ε,  loss = ‖v_θ(x_t, t, c) − (ε − x0)‖² / dim
+    t ~ p(t),  ε ~ N(0, I),  x_t = (1 − t)·x0 + t·ε,  v* = ε − x0
+    loss = w(t) · ‖v_θ(x_t, t, c) − v*‖² / dim
 
 (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003.) Captions are dropped to the empty
 prompt by the data, so that classifier-free guidance has something to push away from.
@@ -10,14 +11,99 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from flux2.errors import InputError
-from flux2.flow import LogitNormal, TimeDensity, interpolate, target_velocity
+from flux2.flow import (
+    LogitNormal,
+    TimeDensity,
+    TimeWeighting,
+    Unweighted,
+    interpolate,
+    target_velocity,
+)
 from flux2.rng import Rng
-from flux2.types import Batch, Metrics, RoleSpec, Turn
+from flux2.types import Batch, Condition, Metrics, RoleSpec, Turn
+
+
+class Target(Protocol):
+    """What the network's velocity is held to."""
+
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """See `flux2.types.Method`."""
+        ...
+
+    @property
+    def result(self) -> str | None:
+        """See `flux2.types.Method`."""
+        ...
+
+    @property
+    def roles(self) -> Mapping[str, RoleSpec]:
+        """Those that it needs besides `model`."""
+        ...
+
+    def __call__(
+        self, roles: Mapping[str, Any], x: Tensor, t: Tensor, cond: Condition, v: Tensor, u: Tensor
+    ) -> tuple[Condition, Tensor, Tensor]:
+        """x: b n c at t: b, v: ε − x0, u: b uniform on [0, 1) → the condition to ask the network
+        with, its target b n c, and the factor of the squared error, b."""
+        ...
+
+
+class Align(Protocol):
+    """A further loss on the network's hidden states (`posttrain.alignment`)."""
+
+    @property
+    def roles(self) -> Mapping[str, RoleSpec]:
+        """Those that it needs besides `model`."""
+        ...
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Those that it needs after the model's."""
+        ...
+
+    def begin(self) -> None:
+        """A step begins."""
+        ...
+
+    def __call__(
+        self, roles: Mapping[str, Any], x: Tensor, t: Tensor, cond: Condition, batch: Batch
+    ) -> tuple[Tensor, Tensor, Metrics]:
+        """→ the model's velocity at x, b n c, what the loss adds for each sample, b, and what is
+        told of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """v* itself."""
+
+    @property
+    def accepts(self) -> tuple[str, ...]:
+        """Bases: others would lose their guidance."""
+        return ("base",)
+
+    @property
+    def result(self) -> str | None:
+        """What it was given."""
+        return None
+
+    @property
+    def roles(self) -> Mapping[str, RoleSpec]:
+        """None."""
+        return {}
+
+    def __call__(
+        self, roles: Mapping[str, Any], x: Tensor, t: Tensor, cond: Condition, v: Tensor, u: Tensor
+    ) -> tuple[Condition, Tensor, Tensor]:
+        """See `Target`."""
+        return cond, v, torch.ones_like(t)
 
 
 @dataclass(frozen=True)
@@ -28,13 +114,17 @@ class FlowMatching:
         density: p(t).
         micro: samples a micro-batch.
         ema: decay of an averaged copy of the weights; 0 keeps none.
+        weighting: w(t).
+        target: plain, or guided (`posttrain.guided`).
+        align: a loss on hidden states; None: no such loss.
     """
 
     density: TimeDensity = field(default_factory=LogitNormal)
     micro: int = 64
     ema: float = 0.0
-    accepts: ClassVar[tuple[str, ...]] = ("base",)
-    result: ClassVar[str | None] = None
+    weighting: TimeWeighting = field(default_factory=Unweighted)
+    target: Target = field(default_factory=Plain)
+    align: Align | None = None
 
     def __post_init__(self) -> None:
         if self.micro < 1:
@@ -43,22 +133,36 @@ class FlowMatching:
             raise InputError(f"method.ema is {self.ema}: give 0 to below 1")
 
     @property
+    def accepts(self) -> tuple[str, ...]:
+        """The target's."""
+        return self.target.accepts
+
+    @property
+    def result(self) -> str | None:
+        """The target's."""
+        return self.target.result
+
+    @property
     def roles(self) -> Mapping[str, RoleSpec]:
-        """The model, and its average where there is one."""
-        roles = {"model": RoleSpec(trainable=True)}
+        """The model, its average where there is one, and what target and alignment need."""
+        roles = {"model": RoleSpec(trainable=True), **self.target.roles}
+        if self.align is not None:
+            roles |= self.align.roles
         if self.ema:
             roles["ema"] = RoleSpec(follows="model", decay=self.ema)
         return roles
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """One."""
-        return (Turn("model", self.loss),)
+        """The model's, and then what the alignment needs."""
+        return (Turn("model", self.loss), *(() if self.align is None else self.align.turns))
 
     def collect(
         self, roles: Mapping[str, Any], batch: Batch, rng: Rng
     ) -> Iterable[Sequence[Batch]]:
         """One update on the batch."""
+        if self.align is not None:
+            self.align.begin()
         yield batch.split(self.micro)
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
@@ -67,11 +171,23 @@ class FlowMatching:
         assert x0 is not None and cond is not None and weight is not None
         t = self.density(rng.uniform("time", batch.ids)).to(x0.device)  # b
         eps = rng("noise", batch.ids, tuple(x0.shape[1:])).to(x0.device)  # b n c
-        v = roles["model"](interpolate(x0, eps, t), t, cond)
-        error = (v - target_velocity(x0, eps)).square().mean((1, 2))  # b
-        loss = (weight.to(error.device) * error).sum()
-        kind = "loss" if cond.ref is None else "loss_edit"
-        return loss, {kind: error.mean()}
+        u = rng.uniform("guidance", batch.ids).to(x0.device)  # b
+        x, v = interpolate(x0, eps, t), target_velocity(x0, eps)
+        asked, target, factor = self.target(roles, x, t, cond, v, u)
+        found: dict[str, float | Tensor] = {}
+        extra: Tensor | float = 0.0
+        if self.align is None:
+            answer = roles["model"](x, t, asked)
+        else:
+            answer, extra, told = self.align(roles, x, t, asked, batch)
+            found |= told
+        error = factor * (answer - target).square().mean((1, 2))  # b
+        term = self.weighting(t) * error
+        loss = (weight.to(error.device) * (term + extra)).sum()
+        found["loss" if cond.ref is None else "loss_edit"] = error.mean()
+        if not isinstance(self.weighting, Unweighted):
+            found["weighted"] = term.mean()
+        return loss, found
 
     def metrics(self) -> Metrics:
         """None: the loss says it all."""

@@ -31,7 +31,7 @@ PLUMBING = ("_target_", "_partial_", "_convert_", "_recursive_")  # Hydra's own 
 OPTIONS = [
     (path.parent.name, path.stem)
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name not in ("stage", "experiment")
+    if path.parent.name not in ("stage", "experiment", "comparison")  # the last: for recipes only
     and (path.parent.name, path.stem) != ("plan", "plan")  # conf/plan is a link to conf/stage
 ]
 

@@ -24,8 +24,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from flux2.checkpoint import latest_checkpoint, load_checkpoint
+from flux2.data.signs import SignWorld
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -178,6 +180,9 @@ TINY = (
     *BARE, "sampler.steps=2", "evaluation.prompts=2", "evaluation.shown=1", "evaluation.every=2",
     "~evaluation.metrics.ocr", "~evaluation.metrics.tesseract",
 )  # fmt: skip
+JUDGED = (
+    *(a for a in TINY if not a.startswith("data.dataset.")), "data.dataset.path={pairs}",
+)  # fmt: skip
 RL = (*TINY, "evaluation.trained_on=[]", "method.group=2", "reward.workers=0")
 STAGES = {
     "sft": ("stage=sft", *TINY),
@@ -185,6 +190,10 @@ STAGES = {
     "sft-ema": ("stage=sft", *TINY, "method.ema=0.9"),
     "nft": ("stage=nft", *RL),
     "grpo": ("stage=grpo", *RL, "method.window.count=1", "method.window.skip=0"),
+    "awm": ("stage=awm", *RL, "anchor=ema", "method.updates=2", "adapter=lora"),
+    "direct": ("stage=direct", *TINY, "evaluation.trained_on=[]", "anchor=velocity"),
+    "dpo": ("stage=dpo", *JUDGED),
+    "kto-lora": ("stage=kto", *JUDGED, "adapter=lora"),
     "pretrain": ("stage=pretrain", *BARE, "data.cache={cache}"),
     "autoencoder": ("stage=autoencoder", *BARE, "train.statistics_batches=1"),
 }
@@ -195,6 +204,7 @@ FORKS = """
     torch.set_num_threads(1)
     import run, flux2.train, flux2.generate, eval.heldout
     import posttrain.sft, posttrain.nft, posttrain.grpo, posttrain.autoencoder, rewards.ocr
+    import posttrain.awm, posttrain.direct, posttrain.dpo, posttrain.kto, rewards.spelling
     import accelerate, peft, matplotlib.figure
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
     from diffusers import Flux2Transformer2DModel
@@ -275,9 +285,7 @@ def forks() -> Iterator[Forks]:
 def lines(folder: Path) -> list[str]:
     """metrics.jsonl without times: the very digits."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows
-    ]
+    return [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows]
 
 
 def same_result(one: Path, two: Path) -> None:
@@ -298,6 +306,20 @@ def done(path: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
+def write_pairs(folder: Path) -> None:
+    """Eight pairs of signs, as stage=pairs writes them."""
+    folder.mkdir()
+    world = SignWorld("train", length=16)
+    rows = []
+    for k in range(8):
+        names = [f"{k}-{name}.png" for name in ("winner", "loser")]
+        for name, record in zip(names, (world[k], world[k + 8]), strict=True):
+            Image.fromarray(record.target).save(folder / name)
+        row = {"prompt": world[k].prompt, "winner": names[0], "loser": names[1], "margin": 1.0}
+        rows.append(json.dumps(row) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(rows))
+
+
 def survive(
     start: Any, stage: str, tmp_path: Path, kills: int, seed: int, *extra: str, steps: int = 4
 ) -> list[str]:
@@ -305,7 +327,10 @@ def survive(
     come at some moment of a session, half within a random step or the save after it."""
     whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
     began = time.monotonic()
-    common = tuple(a.format(cache=tmp_path / "cache") for a in STAGES[stage])
+    places = {"cache": tmp_path / "cache", "pairs": tmp_path / "pairs"}
+    if any("{pairs}" in a for a in STAGES[stage]):
+        write_pairs(places["pairs"])
+    common = tuple(a.format(**places) for a in STAGES[stage])
     common += (f"train.steps={steps}", *extra)
     assert start((*common, f"run.dir={whole}"), log).wait() == 0, log.read_text()
     seconds = time.monotonic() - began

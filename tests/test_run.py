@@ -285,6 +285,19 @@ def test_resume_auto_starts_where_there_is_nothing(call):
     assert json.loads(Path("fresh/summary.json").read_text())["start"] == 0
 
 
+def test_a_run_that_is_done_is_not_done_again(call):
+    """A sweep asked for again does what is missing, and only that."""
+    sweep = ("-m", "stage=train", "resume=auto", "run.dir=all")
+    assert call(*sweep, "seed=1,2")[0] == 0
+    before = [manifest(f"all/{n}") for n in (0, 1)]
+    code, out, _ = call(*sweep, "seed=1,2,3")
+    assert code == 0 and out.count("is done already") == 2
+    assert [manifest(f"all/{n}") for n in (0, 1)] == before
+    assert manifest("all/2")["seed"] == 3
+    assert call("stage=train", "resume=auto", "run.dir=all/0", "seed=1", "optim.lr=0.5")[0] == 0
+    assert json.loads(Path("all/0/summary.json").read_text())["lr"] == 0.5
+
+
 def test_lineage_names_the_parent_and_its_weights(call):
     assert call("stage=train", "kill=true", "run.dir=parent")[0] == 143
     assert call("stage=fine", "init_from=parent", "run.dir=child")[0] == 0

@@ -7,6 +7,7 @@ baseline. Nothing here knows HTML.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import json
 import math
 import re
@@ -89,7 +90,7 @@ def open_runs(items: Sequence[str] | Mapping[str, str] | None, baseline: str | N
     if isinstance(items, Mapping):
         wanted = [(str(name), *_at(str(item))) for name, item in items.items()]
     else:
-        wanted = [_parse(str(item)) for item in items or ()]
+        wanted = [_parse(one) for item in items or () for one in _expanded(str(item))]
     if not wanted:
         raise InputError("runs= names nothing: give run directories, e.g. runs=[out/a,out/b@50]")
     places = [_place(path, step) for _, path, step in wanted]  # all are checked before any is read
@@ -110,6 +111,20 @@ def open_runs(items: Sequence[str] | Mapping[str, str] | None, baseline: str | N
                 "shared: evaluate both on the same data"
             )
     return entries
+
+
+def _expanded(item: str) -> list[str]:
+    """The runs that a pattern (`outputs/methods/*`) fits, by name; the item itself if it is none.
+
+    Raises:
+        InputError: nothing with an evaluation fits.
+    """
+    if "*" not in item:
+        return [item]
+    found = [p for p in sorted(glob.glob(item)) if Path(p).is_dir() and find(Path(p))]
+    if not found:
+        raise InputError(f"runs={item} fits no run with an evaluation: check the path")
+    return found
 
 
 def _parse(item: str) -> tuple[str | None, str, int | None]:

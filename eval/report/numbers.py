@@ -49,6 +49,10 @@ class Settings:
         side: longest side of the images in the page, pixels; larger ones are scaled down.
         megabytes: of images in the page, at most.
         wandb_prompts: rows of the table of images that W&B gets, at most.
+        seeds: pattern of runs' names with one group, '(.+)-[0-9]+': runs that share the group are
+            seeds of one method, and get a row together; null: no such table.
+        columns: metrics of that table, the first also as the share of the error that is left;
+            null: all.
     """
 
     title: str | None = None
@@ -61,6 +65,8 @@ class Settings:
     side: int = 256
     megabytes: float = 20.0
     wandb_prompts: int = 100
+    seeds: str | None = None
+    columns: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for pattern, side in (self.directions or {}).items():
@@ -293,16 +299,13 @@ def warnings(metrics: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, A
         for text in _sampling(base, run):
             say(text, run["name"])
     for run in runs[1:]:
-        refused: dict[str, list[str]] = {}
         for m in metrics:
             cell = m["cells"][run["name"]]
-            if cell["refused"]:
-                refused.setdefault(cell["refused"], []).append(m["name"])
             both = min(cell["missing"], m["cells"][base["name"]]["missing"])
             if cell["difference"] and (lost := cell["difference"]["missing"]) > both:
                 say(f"{int(lost)} pairs have no {m['name']} in this run or in {base['name']}; they "
                     "are left out of the difference, not counted as 0.", run["name"])  # fmt: skip
-        for why, names in refused.items():
+        for why, names in refusals(metrics, run["name"]).items():
             say(f"not compared in {_listed(names)}: {why}.", run["name"])
     for run in runs:
         skipped: dict[str, list[str]] = {}
@@ -315,6 +318,26 @@ def warnings(metrics: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, A
         if run["prompts"] < FEW:
             say(f"only {run['prompts']} prompts: little can be found.", run["name"])
     return [f"{', '.join(names)}: {text}" for text, names in said.items()]
+
+
+def refusals(metrics: Sequence[Mapping[str, Any]], run: str) -> dict[str, list[str]]:
+    """Why a run was not compared with the baseline → in which metrics."""
+    out: dict[str, list[str]] = {}
+    for m in metrics:
+        if why := m["cells"][run]["refused"]:
+            out.setdefault(why, []).append(m["name"])
+    return out
+
+
+def nothing_compared(metrics: Sequence[Mapping[str, Any]], run: str) -> str | None:
+    """A line that says why no metric of a run is compared with the baseline; None where one is."""
+    if any(m["cells"][run]["difference"] for m in metrics):
+        return None
+    why = refusals(metrics, run)
+    if len(why) == 1:
+        return f"nothing is comparable: {next(iter(why))}"
+    told = "; ".join(f"{_listed(names)}: {reason}" for reason, names in why.items())
+    return f"nothing is comparable ({told})" if told else "nothing is comparable: no metric"
 
 
 def _sampling(base: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from eval import tables
 from eval.report.data import BETTER, EQUAL, OPEN, REFUSED, WORSE, Entry
 from eval.report.numbers import Settings
 from flux2.errors import InputError
@@ -143,36 +145,10 @@ def thumbnail(path: Path, side: int) -> tuple[bytes, bool]:
 # ---------------------------------------------------------------- numbers as text
 
 
-def number(x: float | None) -> str:
-    """Three decimals, fewer of large numbers; – where there is none."""
-    if x is None or not math.isfinite(x):
-        return "–"
-    a = abs(x)
-    if a and a < 1e-3:
-        return f"{x:.1e}"
-    return f"{x:.{0 if a >= 1000 else 1 if a >= 100 else 2 if a >= 10 else 3}f}"
-
-
-def signed(x: float | None) -> str:
-    """`number` with its sign."""
-    if x is None or not math.isfinite(x):
-        return "–"
-    return ("+" if x > 0 else "−" if x < 0 else "±") + number(abs(x))
-
-
-def probability(p: float | None) -> str:
-    """A p for a table."""
-    if p is None or not math.isfinite(p):
-        return "–"
-    return "< 0.001" if p < 1e-3 else f"{p:.3f}"
-
-
-def effect(x: float | None) -> str:
-    """A standardised effect: two decimals."""
-    if x is None or math.isnan(x):
-        return "–"
-    sign = "+" if x > 0 else "−" if x < 0 else "±"
-    return f"{sign}{abs(x):.2f}" if math.isfinite(x) else f"{sign}∞"
+number = partial(tables.number, none="–")
+signed = partial(tables.signed, none="–")
+probability = partial(tables.probability, none="–")
+effect = partial(tables.effect, none="–")
 
 
 def interval(row: Mapping[str, float | None], text: Any = number) -> str:

@@ -7,7 +7,7 @@ Everything that the page says is in report.json as well; docs/report.md says how
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,24 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from eval.report.data import Entry, open_runs
-from eval.report.numbers import Settings, numbers
-from eval.report.page import (
-    common_ceiling,
+from eval.report.numbers import Settings, nothing_compared, numbers
+from eval.report.page import common_ceiling, pictures, priority, render
+from eval.report.seeds import by_seed, seed_table
+from eval.tables import (
+    MARK,
+    NONE,
+    NOTE,
     effect,
-    interval,
+    marked,
     number,
-    pictures,
-    priority,
     probability,
-    render,
     signed,
+    span,
+    table,
 )
 from flux2 import distributed
 from flux2.errors import InputError
 from flux2.files import write_json, write_text
-from flux2.log import table
 
 
 def report(cfg: DictConfig) -> dict[str, Any]:
@@ -47,10 +49,16 @@ def report(cfg: DictConfig) -> dict[str, Any]:
     found = numbers(entries, settings)
     folder = Path(cfg.run.dir)
     images, kept = pictures(entries, found, settings)
+    plain = text_tables(found)
+    if settings.seeds is not None:
+        found["methods"] = by_seed(found, settings.seeds)
+        rows = seed_table(found["methods"], settings.columns)
+        write_text(folder / "methods.md", _rows(*rows) + "\n")
+        plain = table(*rows) + "\n"
     write_text(folder / "report.html", render(found, images, kept))
     write_json(folder / "report.json", found)
     write_text(folder / "table.md", markdown(found))
-    write_text(folder / "table.txt", plain := text_tables(found))
+    write_text(folder / "table.txt", plain)
     if cfg.logger.wandb not in ("off", False):
         to_wandb(folder, cfg.logger, entries, found, settings)
     print(plain)
@@ -73,13 +81,15 @@ def report(cfg: DictConfig) -> dict[str, Any]:
 
 def text_tables(found: Mapping[str, Any]) -> str:
     """One table of values, and one of differences a run; for a terminal or a letter."""
-    parts = [table(*_values(found, number))]
+    parts = [table(*_values(found))]
     for run in found["runs"][1:]:
         title = f"{run['name']} against {found['baseline']}"
-        parts.append(f"{title}\n{table(*_differences(found, run['name']))}")
+        why = nothing_compared(found["metrics"], run["name"])
+        changes = why or table(*_differences(found, run["name"]))
+        parts.append(f"{title}: {changes}" if why else f"{title}\n{changes}")
     if any(m["trained_on"] for m in found["metrics"]):
-        parts.append("* training maximised this, or a metric of the same scorer")
-    if len(found["runs"]) > 1:
+        parts.append(NOTE)
+    if any(not nothing_compared(found["metrics"], run["name"]) for run in found["runs"][1:]):
         parts.append(
             "p: sign-flip test by prompt (sets: jackknife), Holm-corrected over a run's metrics"
         )
@@ -88,37 +98,39 @@ def text_tables(found: Mapping[str, Any]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The same tables in Markdown."""
-    parts = [f"# {found['title']}", _rows(*_values(found, number))]
+    parts = [f"# {found['title']}", _rows(*_values(found))]
     for run in found["runs"][1:]:
         parts.append(f"## {run['name']} against {found['baseline']}")
-        parts.append(_rows(*_differences(found, run["name"])))
-    parts.append("\\* training maximised this, or a metric of the same scorer. p: Holm-corrected.")
+        why = nothing_compared(found["metrics"], run["name"])
+        parts.append(why or _rows(*_differences(found, run["name"])))
+    parts.append(f"\\{NOTE}. p: Holm-corrected.")
     parts += ["\n".join(f"- {w}" for w in found["warnings"])] if found["warnings"] else []
     return "\n\n".join(parts) + "\n"
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        safe = (c.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*") for c in cells)
+        tight = (c.replace(MARK, MARK.strip()) for c in cells)  # no line breaks before a mark
+        safe = (c.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*") for c in tight)
         return "| " + " | ".join(" ".join(c.split()) for c in safe) + " |"
 
     rule = "|---|" + "---:|" * (len(header) - 1)
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def _values(
-    found: Mapping[str, Any], text: Callable[[float | None], str]
-) -> tuple[list[str], list[list[str]]]:
+def _values(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     names = [run["name"] for run in found["runs"]]
+    has_marks = {n for m in found["metrics"] for n in m["trained_on"]}
     rows = []
     for m in found["metrics"]:
         cells = [m["cells"][n] for n in names]
         row = [m["name"] + (" ↓" if m["direction"] == "lower" else "")]
         for name, cell in zip(names, cells, strict=True):
-            star = "*" if name in m["trained_on"] else ""
-            row.append(f"{text(cell['mean'])}{star} {interval(cell, text)}".strip())
-        top = common_ceiling(m)
-        rows.append([*row, text(top), str(cells[0]["n"])])
+            around = span(cell["low"], cell["high"])
+            value = number(cell["mean"]) + (f" ({around})" if around != NONE else "")
+            room = " " * len(MARK) if name in has_marks else ""  # so that numbers stand in line
+            row.append(marked(value, True) if name in m["trained_on"] else value + room)
+        rows.append([*row, number(common_ceiling(m)), str(cells[0]["n"])])
     return ["metric", *names, "ceiling", "n"], rows
 
 
@@ -127,12 +139,11 @@ def _differences(found: Mapping[str, Any], name: str) -> tuple[list[str], list[l
     rows = []
     for m in found["metrics"]:
         cell = m["cells"][name]
-        star = "*" if name in m["trained_on"] else ""
         d = cell["difference"]
         rows.append([
-            m["name"] + star,
-            *(["–"] * 5 if d is None else [
-                signed(d["gain"]), interval(d, signed), probability(d["p_holm"]),
+            marked(m["name"], name in m["trained_on"]),
+            *([NONE] * 5 if d is None else [
+                signed(d["gain"]), span(d["low"], d["high"], signed), probability(d["p_holm"]),
                 effect(d["d_z"]), number(d["effect"]),
             ]),
             str(cell["verdict"]),

@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from flux2.data.readers import FORMATS
+from eval.images import check_folder, read_image
+from flux2.data.lines import FORMATS
 from flux2.data.record import Dataset, UnreadableRecord
 from flux2.errors import InputError
 from flux2.files import digest, read_json, sha256, write_bytes, write_json
@@ -208,21 +209,9 @@ class Reference:
             yield read_image(file)
 
 
-def read_image(file: Path) -> np.ndarray:
-    """h w 3 uint8, upright. Raises InputError where it is no image."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file, formats=sorted(set(FORMATS.values()))) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file} cannot be read as an image: {error}") from None
-
-
 def _images_in(folder: str) -> tuple[Path, ...]:
     root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise InputError(f"{root} is no folder: set reference.folder to a folder of images")
+    check_folder("reference.folder", root, "images")
     files = (f for f in root.rglob("*") if f.suffix.lower() in FORMATS and f.name[0] != ".")
     return tuple(sorted(files, key=lambda f: f.relative_to(root).as_posix()))
 

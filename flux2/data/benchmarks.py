@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flux2.data.readers import FORMATS, Size, _cover, _lines, _objects, _read, _sizes, _text
+from flux2.data.lines import FORMATS, read_lines, read_objects, read_text
+from flux2.data.readers import Row, Rows, Size, checked_sizes
 from flux2.data.record import Record
 from flux2.errors import InputError
 
@@ -28,15 +27,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 """GenEval's."""
 LIVE = ("cat", "dog")
 """DreamBench's classes that have prompts of their own."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A record before its references are read."""
-
-    prompt: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    references: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +55,19 @@ class Listed:
 
     def __getitem__(self, index: int) -> Record:
         """Raises UnreadableRecord for a damaged reference."""
-        row = self._at(index)
-        references = tuple(_cover(_read(f), self.size) for f in row.references)
-        blank = np.zeros((*self.size, 3), np.uint8)
-        return Record(index, row.prompt, blank, references, meta=row.meta)
+        return self._rows.at(index).record(index, self.size)
+
+    def describe(self, index: int) -> Record:
+        """The record without images; nothing is read."""
+        return self._rows.described(index)
 
     def bucket_of(self, index: int) -> tuple[int, int, int]:
         """(height, width, number of references)."""
-        return *self.size, len(self._at(index).references)
+        return self._rows.bucket(index)
 
-    def _at(self, index: int) -> Row:
-        if not 0 <= index < len(self.rows):
-            raise IndexError(index)
-        return self.rows[index]
+    @property
+    def _rows(self) -> Rows[Row]:
+        return Rows(self.rows, (self.size,))
 
 
 # -- GenEval -------------------------------------------------------------------------------------
@@ -98,14 +88,14 @@ def geneval(path: str, height: int = 1024, width: int = 1024) -> Listed:
     name = "evaluation_metadata.jsonl"
     file = _file(path, name, f"prompts/{name}")
     rows = []
-    for where, obj in _objects(file):
+    for where, obj in read_objects(file):
         include = [_clause(c, k, where) for k, c in enumerate(_list(obj, "include", where))]
         if not include:
             raise InputError(f'{where}: "include" is empty: give at least one thing')
         exclude = [_clause(c, 0, where) for c in _list(obj, "exclude", where, optional=True)]
         tag = _string(obj, "tag", where)
         meta = {"benchmark": "geneval", "category": tag, "include": include, "exclude": exclude}
-        rows.append(Row(_string(obj, "prompt", where), meta))
+        rows.append(Row(_string(obj, "prompt", where), meta=meta))
     return Listed(rows, _size(height, width))
 
 
@@ -164,8 +154,8 @@ def dpg(path: str, height: int = 1024, width: int = 1024) -> Listed:
     if texts.is_dir():
         prompts = {item: _prompt_file(texts / f"{item}.txt") for item in prompts}
     rows = [
-        Row(prompts[item], {"benchmark": "dpg", "category": "dense", "item": item,
-                            "questions": tuple(asked)})
+        Row(prompts[item], meta={"benchmark": "dpg", "category": "dense", "item": item,
+                                 "questions": tuple(asked)})
         for item, asked in questions.items()
     ]  # fmt: skip
     return Listed(rows, _size(height, width))
@@ -192,11 +182,11 @@ def _prompt_files(root: Path) -> list[Row]:
     if not files:
         raise InputError(f"{root} has neither dpg_bench.csv nor .txt prompts: correct the path")
     meta = {"benchmark": "dpg", "category": "dense"}
-    return [Row(_prompt_file(f), {**meta, "item": f.stem}) for f in files]
+    return [Row(_prompt_file(f), meta={**meta, "item": f.stem}) for f in files]
 
 
 def _prompt_file(file: Path) -> str:
-    text = " ".join(_text(file).split())
+    text = " ".join(read_text(file).split())
     if not text:
         raise InputError(f"{file} is empty: restore the prompt")
     return text
@@ -218,13 +208,13 @@ def longtext(path: str, height: int = 1024, width: int = 1024) -> Listed:
         InputError: no such file, or a line that is no such object.
     """
     rows = []
-    for where, obj in _objects(_file(path, "text_prompts.jsonl")):
+    for where, obj in read_objects(_file(path, "text_prompts.jsonl")):
         text = [obj["text"]] if isinstance(obj.get("text"), str) else _list(obj, "text", where)
         if not all(isinstance(t, str) for t in text) or not "".join(text).strip():
             raise InputError(f'{where}: "text" is not a list of strings that say something')
         meta: dict[str, Any] = {"benchmark": "longtext", "category": obj.get("category", "text")}
         meta |= {k: obj[k] for k in ("prompt_id", "length") if k in obj}
-        rows.append(Row(_string(obj, "prompt", where), {**meta, "text": tuple(text)}))
+        rows.append(Row(_string(obj, "prompt", where), meta={**meta, "text": tuple(text)}))
     return Listed(rows, _size(height, width))
 
 
@@ -265,7 +255,7 @@ def oneig(
             if number not in told:
                 raise InputError(f"{where}: {answers} has no text for id {number}: complete it")
             meta["text"] = (told[number],)
-        rows.append(Row(_string(row, key, where), meta))
+        rows.append(Row(_string(row, key, where), meta=meta))
     if not rows:
         raise InputError(f"{file} has no {category}: choose from {', '.join(sorted(known))}")
     return Listed(rows, _size(height, width))
@@ -315,7 +305,7 @@ def dreambench(
                 "more images, or fewer references"
             )
         meta = {"benchmark": "dreambench", "category": kind, "subject": subject}
-        rows.append(Row(prompt, meta, tuple(images[:references])))
+        rows.append(Row(prompt, references=tuple(images[:references]), meta=meta))
     if not rows:
         raise InputError(f"{root} has no subjects with images: correct the path")
     return Listed(rows, _size(height, width))
@@ -332,7 +322,7 @@ def _images(folder: Path) -> list[Path]:
 
 def _captioned(root: Path) -> Iterator[Scene]:
     for file in sorted((root / "captions").rglob("*.txt")):
-        lines = [line for _, line in _lines(file)]
+        lines = [line for _, line in read_lines(file)]
         if len(lines) < 2:
             raise InputError(f"{file} is no subject with prompts below: complete it")
         place = file.relative_to(root / "captions")
@@ -346,7 +336,7 @@ def _dreambooth(root: Path, token: str) -> Iterator[Scene]:
     classes: dict[str, str] = {}
     prompts: dict[str, list[str]] = {"object": [], "live": []}
     part = ""
-    for number, line in _lines(file):
+    for number, line in read_lines(file):
         if line in ("Classes", "Prompts", "Object Prompts", "Live Subject Prompts"):
             part = line
         elif part == "Classes" and line != "subject_name,class":
@@ -372,7 +362,7 @@ def _dreambooth(root: Path, token: str) -> Iterator[Scene]:
 
 def _own(root: Path) -> Iterator[Scene]:
     file = root / "prompts.txt"
-    lines = _lines(file)
+    lines = read_lines(file)
     for number, line in lines:
         if line.count("{}") != 1:
             raise InputError(f"{file}, line {number} has not one {{}} for the subject: correct it")
@@ -387,7 +377,7 @@ def _own(root: Path) -> Iterator[Scene]:
 
 
 def _size(height: int, width: int) -> Size:
-    [size] = _sizes([[height, width]])
+    [size] = checked_sizes([[height, width]])
     return size
 
 
@@ -418,7 +408,7 @@ def _list(obj: Mapping[str, Any], key: str, where: str, optional: bool = False) 
 
 def _table(file: Path, needs: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """("file, line n", row) of a CSV with a header. Fields may hold line breaks."""
-    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
         header = next(reader, [])
         if missing := [name for name in needs if name not in header]:
@@ -436,7 +426,7 @@ def _table(file: Path, needs: Sequence[str]) -> Iterator[tuple[str, dict[str, st
 def _array(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file, entry n", object) of a JSON list of objects."""
     try:
-        content = json.loads(_text(file))
+        content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}): restore it") from None
     if not isinstance(content, list):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 from flux2 import distributed
 from flux2.data.cache import RowCache
+from flux2.data.captions import PROMPT, check_weights, pick_caption
+from flux2.data.order import adaptive_part, describe_all, digest
 from flux2.data.record import Dataset, Record, UnreadableRecord
 from flux2.data.sampler import IndexSampler
 from flux2.errors import InputError
@@ -48,22 +51,28 @@ class Collator:
     cache: RowCache | None = None
 
     def __call__(
-        self, records: Sequence[Record], ids: Tensor, dropped: Sequence[bool] = ()
+        self,
+        records: Sequence[Record],
+        ids: Tensor,
+        dropped: Sequence[bool] = (),
+        kinds: Sequence[str] = (),
     ) -> Batch:
-        """ids: b sample ids; dropped: whose captions become the empty prompt. Pairs become their
-        winners in x0 and images, with `loser` and `margin` in extra; see also `_judged`."""
+        """ids: b sample ids; dropped: whose captions become the empty prompt; kinds: of what kind
+        their prompts are, where a record has several captions. Pairs become their winners in x0 and
+        images, with `loser` and `margin` in extra; see also `_judged`."""
         codec = self.model.codec
         targets = [r.target if r.preference is None else r.preference[0] for r in records]
         if any(t is None for t in targets):
             raise InputError("a record has no target image: give data with images, or with sizes")
         pixels = stack_images([t for t in targets if t is not None])
         grid = (pixels.shape[-2] // codec.patch, pixels.shape[-1] // codec.patch)
-        prompts = tuple(r.prompt for r in records)
+        # A sample is judged by what was asked for, whatever the model is given in its place.
+        prompts = tuple(str(r.meta.get("original_prompt", r.prompt)) for r in records)
         drop = [i for i in range(len(records)) if i < len(dropped) and dropped[i]]
         return Batch(
             ids=ids,
             prompts=prompts,
-            cond=self._condition(records, drop, grid) if self.text else None,
+            cond=self._condition(records, drop, kinds, grid) if self.text else None,
             groups=torch.tensor([r.id for r in records]),
             meta=tuple(truth(r) for r in records),
             grid=grid,
@@ -103,14 +112,31 @@ class Collator:
         codec, device = self.model.codec, self.model.device
         return self._rows(name, records, lambda k: codec.encode(pixels[k].to(device)))
 
+    def _features(self, records: Sequence[Record], kinds: Sequence[str]) -> Tensor:
+        """The prompts' features, b s d; the cache has a column of each kind of caption."""
+        text, device = self.model.text, self.model.device
+
+        def rows(column: str, part: Sequence[Record]) -> Tensor:
+            return self._rows(column, part, lambda k: text([part[i].prompt for i in k], device))
+
+        if not kinds:
+            return rows("text", records)
+        found: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(kinds):
+            mine = [k for k, other in enumerate(kinds) if other == kind]
+            column = "text" if kind == PROMPT else f"text-{digest(kind)}"
+            found.update(zip(mine, rows(column, [records[k] for k in mine]), strict=True))
+        return torch.stack([found[k] for k in range(len(records))])
+
     def _condition(
-        self, records: Sequence[Record], dropped: Sequence[int], grid: tuple[int, int]
+        self,
+        records: Sequence[Record],
+        dropped: Sequence[int],
+        kinds: Sequence[str],
+        grid: tuple[int, int],
     ) -> Condition:
         device, text = self.model.device, self.model.text
-        b, length = len(records), text.max_length
-        features = self._rows(
-            "text", records, lambda rows: text([records[k].prompt for k in rows], device)
-        )
+        b, features = len(records), self._features(records, kinds)
         if dropped:
             features = features.clone()
             features[list(dropped)] = text([""], device)
@@ -123,32 +149,50 @@ class Collator:
             patch = self.model.codec.patch
             grids = [(i.shape[0] // patch, i.shape[1] // patch) for i in records[0].references]
             ref_ids = reference_ids(grids, device).expand(b, -1, -1)
+        ids = grid_ids(grid, device=device).expand(b, -1, -1)
+        prompts = ["" if k in set(dropped) else r.prompt for k, r in enumerate(records)]
+        real, empty = self._real(prompts), self._real([""])
+        keep = slice(None)
+        if real is not None and empty is not None:
+            keep = trimmed(real, *([empty] if self.unconditional else []))
         shared = {
-            "text_ids": text_ids(b, length, device),
-            "ids": grid_ids(grid, device=device).expand(b, -1, -1),
+            "text_ids": text_ids(b, text.max_length, device)[:, keep],
+            "ids": ids,
             "ref": ref,
             "ref_ids": ref_ids,
             "guidance": self._embedded(b),
         }
-        image = shared["ids"].shape[1] + (0 if ref is None else ref.shape[1])
-        prompts = ["" if k in set(dropped) else r.prompt for k, r in enumerate(records)]
+        image = ids.shape[1] + (0 if ref is None else ref.shape[1])
+
+        def mask(real: Tensor | None) -> Tensor | None:
+            return None if real is None else attention_mask(real[:, keep].expand(b, -1), image)
+
         null = None
         if self.unconditional:
-            empty = text([""], device).expand(b, -1, -1)
-            null = Condition(text=empty, mask=self._mask([""] * b, image), **shared)
-        return Condition(text=features, null=null, mask=self._mask(prompts, image), **shared)
+            none = text([""], device)[:, keep].expand(b, -1, -1)
+            null = Condition(text=none, mask=mask(empty), **shared)
+        return Condition(text=features[:, keep], null=null, mask=mask(real), **shared)
 
     def _embedded(self, b: int) -> Tensor | None:
         """The guidance strength for a transformer that takes one: b."""
         strength = self.model.info.guidance
         return None if strength is None else torch.full((b,), strength, device=self.model.device)
 
-    def _mask(self, prompts: Sequence[str], image: int) -> Tensor | None:
-        """Hides padding where the text encoder asks for it: b (s + image)."""
+    def _real(self, prompts: Sequence[str]) -> Tensor | None:
+        """Which tokens are not padding, b s bool, where the model hides padding; else None."""
         text = self.model.text
-        if not text.mask_padding:
-            return None
-        return attention_mask(text.mask(prompts, self.model.device), image)
+        return text.mask(prompts, self.model.device) if text.mask_padding else None
+
+
+def trimmed(*masks: Tensor) -> slice:
+    """The stretch of tokens outside which there is padding in every row of every mask, each b s.
+
+    What is hidden from attention changes no other token, so that a batch need not carry it. Where
+    padding takes part in attention, as in the reference pipelines, cutting it would be another
+    model.
+    """
+    used = torch.cat(masks).any(0).nonzero()[:, 0]
+    return slice(int(used[0]), int(used[-1]) + 1)
 
 
 def truth(record: Record) -> dict[str, object]:
@@ -162,12 +206,31 @@ def truth(record: Record) -> dict[str, object]:
     return meta
 
 
+def check_group_lengths(mask_padding: bool) -> None:
+    """Raises InputError where batches cannot become shorter: padding is not hidden."""
+    if not mask_padding:
+        raise InputError(
+            "data.group_lengths saves nothing: padding takes part in attention, and every prompt "
+            "has all its tokens; set model.mask_padding=true, or data.group_lengths=false"
+        )
+
+
 @dataclass
 class Loader:
     """This rank's rows of the global batch of a step, by its number.
 
     Unreadable records are counted, told once each, and replaced by the next readable one of the
     batch.
+
+    Attributes:
+        dataset, collate, batch_size, seed: of the run.
+        caption_dropout: share of the captions that become the empty prompt.
+        captions: kind → weight, for records with several (`flux2.data.captions`); None: prompts.
+        group_lengths: prompts of like length come in one batch; only where padding is hidden.
+        unreadable: indices of the records that could not be read.
+
+    Raises:
+        InputError: numbers out of range, or group_lengths where batches cannot become shorter.
     """
 
     dataset: Dataset
@@ -175,12 +238,20 @@ class Loader:
     batch_size: int
     seed: int
     caption_dropout: float = 0.0
+    captions: Mapping[str, float] | None = None
+    group_lengths: bool = False
     unreadable: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise InputError(f"data.caption_dropout is {self.caption_dropout}: give 0 to 1")
-        self._sampler = IndexSampler(self.dataset, self.batch_size, self.seed)
+        if self.captions is not None:
+            check_weights(self.captions)
+        if self.group_lengths:
+            check_group_lengths(self.collate.model.text.mask_padding)
+        lengths = self._lengths if self.group_lengths else None
+        self._sampler = IndexSampler(self.dataset, self.batch_size, self.seed, lengths)
+        self._adaptive = adaptive_part(self.dataset)
         if self.batch_size % distributed.size():
             raise InputError(
                 f"data.batch_size is {self.batch_size} and there are {distributed.size()} ranks: "
@@ -192,20 +263,68 @@ class Loader:
         indices = self._sampler(step)
         share = self.batch_size // distributed.size()
         mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-        records = self._read(indices, mine)
+        records, ids = self._read(indices, mine), torch.arange(len(indices))[mine]
         u = keyed(self.seed, "caption_dropout", step).random(len(indices))
         dropped = (u[mine] < self.caption_dropout).tolist()
-        return self.collate(records, torch.arange(len(indices))[mine], dropped)
+        if self.captions is None:
+            return self.collate(records, ids, dropped)
+        u = keyed(self.seed, "captions", step).random(len(indices))[mine]
+        pairs = zip(records, u.tolist(), strict=True)
+        return self._captioned([pick_caption(r, self.captions, x) for r, x in pairs], ids, dropped)
+
+    def _captioned(
+        self, records: Sequence[Record], ids: Tensor, dropped: Sequence[bool] = ()
+    ) -> Batch:
+        """Of records whose captions are picked."""
+        return self.collate(records, ids, dropped, [str(r.meta["caption"]) for r in records])
 
     def fill(self) -> None:
-        """Encodes every record into the cache; the ranks share the work."""
+        """Encodes every record into the cache, with each of its captions; the ranks share the
+        work."""
         chunks = [b[k : k + 16] for b in self._sampler.buckets for k in range(0, len(b), 16)]
         mine = chunks[distributed.rank() :: distributed.size()]
         for chunk in tqdm(mine, desc="encoding", leave=False, dynamic_ncols=True, disable=None):
             records = [r for r in map(self._one, chunk.tolist()) if r is not None]
-            if records:
-                self.collate(records, torch.arange(len(records)))
+            if not records:
+                continue
+            ids = torch.arange(len(records))
+            if self.captions is None:
+                self.collate(records, ids)
+            for kind in (k for k, w in (self.captions or {}).items() if w > 0):
+                self._captioned([pick_caption(r, {kind: 1.0}, 0.0) for r in records], ids)
         distributed.barrier()
+
+    # -- what learns from scores -----------------------------------------------------------------
+
+    def observe(self, ids: Tensor, scores: Tensor) -> Mapping[str, float]:
+        """Tells data that resample what a step's samples scored; all ranks call it together.
+
+        ids: b int64, `Batch.groups`; scores: b, NaN where there is none → numbers for the log, {}
+        where nothing learns from it.
+        """
+        return {} if self._adaptive is None else self._adaptive.observe(ids, scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a resume; {} where the step says it all."""
+        return {} if self._adaptive is None else self._adaptive.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of state_dict. Raises InputError where one of the two runs resamples."""
+        if bool(state) != (self._adaptive is not None):
+            did, does = ("did", "does not") if state else ("did not", "does")
+            raise InputError(f"the run {did} resample its data, and this {does}: take what it had")
+        if self._adaptive is not None:
+            self._adaptive.load_state_dict(state)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def _lengths(self) -> np.ndarray:
+        """Tokens of every record's prompt: n int64."""
+        prompts = ["" if r is None else r.prompt for r in describe_all(self.dataset)]
+        text, counts = self.collate.model.text, []
+        for k in range(0, len(prompts), 512):
+            counts += text.mask(prompts[k : k + 512]).sum(1).tolist()
+        return np.asarray(counts)
 
     def _read(self, indices: Sequence[int], mine: slice) -> list[Record]:
         found = {k: self._one(indices[k]) for k in range(len(indices))[mine]}

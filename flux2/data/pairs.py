@@ -3,11 +3,13 @@
     pairs        {"prompt": …, "winner": "a.png", "loser": "b.png", "margin": 0.4} a line, as
                  stage=pairs writes; a folder is read by its pairs.jsonl
     pickapic     Pick-a-Pic v2's parquet files (arXiv 2305.01569): caption, jpg_0, jpg_1, label_0,
-                 label_1, has_label; a file, or a folder of them; it needs pyarrow
+                 label_1, has_label; a file, a folder of one split's, or data/train-*; needs
+                 pyarrow
     hpdv3        HPDv3's json (arXiv 2508.03789): prompt, path1, which was preferred to path2, and
                  confidence; the file lies beside images/
     imagereward  ImageReward's json (arXiv 2304.05977): prompt, generations, ranking, 1 the best;
-                 every two images of different rank are a pair
+                 every two images of different rank are a pair. Or a folder of ImageRewardDB's
+                 (train_1/train_1.json beside its images): image_path, rank, prompt_id
 
 Ties and rows without a label are left out and counted. Other wrong rows are refused, by file and
 line or row.
@@ -20,6 +22,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,20 +32,8 @@ from typing import Any, Final, cast
 
 from PIL import Image
 
-from flux2.data.readers import (
-    Size,
-    _cover,
-    _objects,
-    _open,
-    _read,
-    _sizes,
-    _take_meta,
-    _take_path,
-    _take_text,
-    _text,
-    _upright,
-    nearest_size,
-)
+from flux2.data.lines import read_objects, read_text, take_meta, take_path, take_prompt
+from flux2.data.readers import Rows, checked_sizes, cover, read_image
 from flux2.data.record import Record, UnreadableRecord
 from flux2.errors import InputError
 from flux2.files import read_json
@@ -51,6 +42,8 @@ FILE = "pairs.jsonl"
 """What a folder of our own pairs holds."""
 FACTS = "facts.json"
 """Beside it, where stage=pairs wrote them: what drew and judged them."""
+_SPLIT: Final = re.compile(r"(\w+)-\d+-of-\d+(?:-\w+)?")
+"""Names of datasets' shards on the hub."""
 _COLUMNS: Final = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 
 
@@ -81,8 +74,7 @@ class Pairs:
     left_out: Counter[str] = field(init=False, repr=False)
     rewards: tuple[str, ...] = field(init=False, repr=False)
     stamp: str = field(init=False)
-    _rows: Sequence[_Pair] = field(init=False, repr=False)
-    _buckets: tuple[Size, ...] = field(init=False, repr=False)
+    _rows: Rows[_Pair] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -93,13 +85,13 @@ class Pairs:
             raise InputError(
                 f"data.dataset.layout is {self.layout!r}: choose from {', '.join(LAYOUTS)}"
             )
-        buckets, left_out = _sizes(self.sizes), Counter[str]()
+        buckets, left_out = checked_sizes(self.sizes), Counter[str]()
         path = Path(self.path).expanduser()
         rows = list(LAYOUTS[self.layout](path, left_out))
         if not rows:
             why = ", ".join(f"{reason} × {n}" for reason, n in left_out.items())
             raise InputError(f"{path} has no pair{f' ({why})' if why else ''}: give other data")
-        found = {"_rows": rows, "_buckets": buckets, "left_out": left_out, "stamp": _stamp(rows)}
+        found = {"_rows": Rows(rows, buckets), "left_out": left_out, "stamp": _stamp(rows)}
         for name, value in {**found, "rewards": _judges(path)}.items():
             object.__setattr__(self, name, value)
 
@@ -108,33 +100,21 @@ class Pairs:
 
     def __getitem__(self, index: int) -> Record:
         """Raises UnreadableRecord for a damaged image."""
-        row = self._at(index)
-        size = self._size(row)
-        winner, loser = (_cover(_image(x), size) for x in (row.winner, row.loser))
-        references = tuple(_cover(_read(r), size) for r in row.references)
+        row = self._rows.at(index)
+        size = self._rows.size(row)
+        winner, loser = (cover(_image(x), size) for x in (row.winner, row.loser))
+        references = tuple(cover(read_image(r), size) for r in row.references)
         return Record(
             index, row.prompt, winner, references, None, (winner, loser, row.margin), row.meta
         )
 
+    def describe(self, index: int) -> Record:
+        """The record without images; nothing is read."""
+        return self._rows.described(index)
+
     def bucket_of(self, index: int) -> tuple[int, int, int]:
         """(height, width, number of references), from the winner's header."""
-        row = self._at(index)
-        try:
-            size = self._size(row)
-        except UnreadableRecord:  # it is left out when it is read, from whichever bucket
-            size = self._buckets[0]
-        return *size, len(row.references)
-
-    def _at(self, index: int) -> _Pair:
-        if not 0 <= index < len(self._rows):
-            raise IndexError(index)
-        return self._rows[index]
-
-    def _size(self, row: _Pair) -> Size:
-        if len(self._buckets) == 1:
-            return self._buckets[0]
-        with _open(_source(row.winner)) as image:
-            return nearest_size(_upright(image), self._buckets)
+        return self._rows.bucket(index)
 
 
 @dataclass(frozen=True)
@@ -147,6 +127,10 @@ class _Pair:
     margin: float = 1.0
     references: tuple[Path, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def sized_by(self) -> Path:
+        """See `flux2.data.readers.Unread`."""
+        return _source(self.winner)
 
 
 def _stamp(rows: Sequence[_Pair]) -> str:
@@ -173,9 +157,9 @@ def _judges(path: Path) -> tuple[str, ...]:
 
 def _own(path: Path, left_out: Counter[str]) -> Iterator[_Pair]:
     file = path / FILE if path.is_dir() else path
-    for where, row in _objects(file):
+    for where, row in read_objects(file):
         obj = dict(row)
-        prompt = _take_text(obj, where)
+        prompt = take_prompt(obj, where)
         names = obj.pop("winner", None), obj.pop("loser", None)
         if names[0] == names[1]:
             raise InputError(f'{where} needs two images: give "winner" and "loser"')
@@ -184,9 +168,9 @@ def _own(path: Path, left_out: Counter[str]) -> Iterator[_Pair]:
             raise InputError(f'{where}: "references" is no list: write ["a.png", ...]')
         margin = _margin(obj.pop("margin", 1.0), where)
         winner, loser, *given = (
-            _take_path(name, file.parent, where) for name in (*names, *references)
+            take_path(name, file.parent, where) for name in (*names, *references)
         )
-        yield _Pair(prompt, winner, loser, margin, tuple(given), _take_meta(obj, where))
+        yield _Pair(prompt, winner, loser, margin, tuple(given), take_meta(obj, where))
 
 
 def _margin(value: Any, where: str) -> float:
@@ -199,9 +183,9 @@ def _listed(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file, row n", object) of a JSON list, or of one object a line."""
     if file.is_dir():
         raise InputError(f"{file} is a folder: give the json file in it")
-    text = _text(file)
+    text = read_text(file)
     if not text.lstrip().startswith("["):
-        yield from _objects(file)
+        yield from read_objects(file)
         return
     try:
         rows = json.loads(text)
@@ -215,8 +199,8 @@ def _listed(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _hpdv3(path: Path, left_out: Counter[str]) -> Iterator[_Pair]:
     for where, row in _listed(path):
-        prompt = _take_text(dict(row), where)
-        winner, loser = (_take_path(row.get(k), path.parent, where) for k in ("path1", "path2"))
+        prompt = take_prompt(dict(row), where)
+        winner, loser = (take_path(row.get(k), path.parent, where) for k in ("path1", "path2"))
         confidence = row.get("confidence")
         margin = 1.0 if confidence is None else _margin(confidence, where)
         meta = {k: row[k] for k in ("model1", "model2") if k in row}
@@ -224,20 +208,42 @@ def _hpdv3(path: Path, left_out: Counter[str]) -> Iterator[_Pair]:
 
 
 def _imagereward(path: Path, left_out: Counter[str]) -> Iterator[_Pair]:
-    for where, row in _listed(path):
-        prompt = _take_text(dict(row), where)
-        names, ranks = row.get("generations"), row.get("ranking")
-        if not isinstance(names, list) or not isinstance(ranks, list) or len(names) != len(ranks):
-            raise InputError(f'{where} needs "generations" and "ranking", lists of one length')
-        if not all(type(r) is int for r in ranks):
-            raise InputError(f'{where}: "ranking" is {ranks}: give whole numbers, 1 the best')
-        files = [_take_path(name, path.parent, where) for name in names]
-        for (a, i), (b, k) in itertools.combinations(zip(ranks, files, strict=True), 2):
+    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    for name, prompt, ranked in itertools.chain.from_iterable(map(_rankings, files)):
+        for (a, i), (b, k) in itertools.combinations(ranked, 2):
             if a == b:
                 left_out["tie"] += 1
                 continue
             winner, loser = (i, k) if a < b else (k, i)
-            yield _Pair(prompt, winner, loser, float(abs(a - b)), meta={"id": row.get("id")})
+            yield _Pair(prompt, winner, loser, float(abs(a - b)), meta={"id": name})
+
+
+def _rankings(file: Path) -> Iterator[tuple[Any, str, list[tuple[int, Path]]]]:
+    """(the prompt's id, prompt, (rank, image) of each of its images). A row is a prompt with all of
+    them (generations, ranking), or one of them (image_path, rank), which lies beside the file."""
+    found: dict[Any, tuple[str, list[tuple[int, Path]]]] = {}
+    for where, row in _listed(file):
+        prompt = take_prompt(dict(row), where)
+        names: Any
+        ranks: Any
+        if "image_path" in row:
+            name = row["image_path"]
+            names, ranks = [Path(name).name if isinstance(name, str) else name], [row.get("rank")]
+            key = row.get("prompt_id")
+        else:
+            names, ranks, key = row.get("generations"), row.get("ranking"), row.get("id")
+        if not isinstance(names, list) or not isinstance(ranks, list) or len(names) != len(ranks):
+            raise InputError(f'{where} needs "generations" and "ranking", lists of one length')
+        if not all(type(r) is int for r in ranks):
+            raise InputError(f'{where}: "ranking" is {ranks}: give whole numbers, 1 the best')
+        images = [take_path(name, file.parent, where) for name in names]
+        ranked = list(zip(ranks, images, strict=True))
+        if "image_path" in row:
+            found.setdefault(key, (prompt, []))[1].extend(ranked)
+        else:
+            yield key, prompt, ranked
+    for key, (prompt, ranked) in found.items():
+        yield key, prompt, ranked
 
 
 # -- parquet -------------------------------------------------------------------------------------
@@ -293,7 +299,16 @@ class _Cell:
 
 def _pickapic(path: Path, left_out: Counter[str]) -> Iterator[_Pair]:
     parquet, shards = _pyarrow(), _Shards()
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+    elif "*" in path.name:  # one split of a folder that holds several
+        files = sorted(path.parent.glob(path.name))
+    splits = {found[1] for f in files if (found := _SPLIT.fullmatch(f.stem))}
+    if len(splits) > 1:
+        raise InputError(
+            f"{path} holds the splits {', '.join(sorted(splits))}: give one, as {path}/train-*"
+        )
     for file in files:
         try:
             table = parquet.ParquetFile(file)
@@ -357,5 +372,5 @@ def _source(image: Path | _Cell) -> Path:
 
 
 def _image(image: Path | _Cell) -> Image.Image:
-    return _read(_source(image))
+    return read_image(_source(image))
 

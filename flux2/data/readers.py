@@ -9,23 +9,27 @@ with its limit on their size, and nothing in the data is ever executed.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from flux2.data.lines import (
+    FORMATS,
+    read_lines,
+    read_objects,
+    read_text,
+    take_meta,
+    take_path,
+    take_prompt,
+)
 from flux2.data.record import Record, UnreadableRecord
 from flux2.errors import InputError
-
-FORMATS = {".bmp": "BMP", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-"""File names' endings → Pillow's readers; it is allowed no other, whatever a file claims to be."""
 
 MULTIPLE = 16
 """Sides are multiples of this: a token's pixels."""
@@ -58,7 +62,7 @@ class Folder:
     path: str
     sizes: Sequence[Sequence[int]] = ((64, 64),)
     stamp: str = field(init=False)
-    _rows: _Rows = field(init=False, repr=False)
+    _rows: Rows[Row] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         root = Path(self.path).expanduser()
@@ -76,17 +80,21 @@ class Folder:
             if other != file:
                 raise InputError(f"{file} has the same caption file as {other.name}: rename one")
         rows = [
-            _Row(_caption(text), file, meta={"file": file.relative_to(root).as_posix()})
+            Row(_caption(text), file, meta={"file": file.relative_to(root).as_posix()})
             for text, file in owners.items()
         ]
-        _fill(self, _Rows(rows, _sizes(self.sizes)))
+        _fill(self, Rows(rows, checked_sizes(self.sizes)))
 
     def __len__(self) -> int:
-        return len(self._rows.rows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
         """Raises UnreadableRecord for a damaged image."""
-        return self._rows.record(index)
+        return _record(self._rows, index)
+
+    def describe(self, index: int) -> Record:
+        """The record without images; nothing is read."""
+        return self._rows.described(index)
 
     def bucket_of(self, index: int) -> tuple[int, int, int]:
         """(height, width, 0), from the image's header."""
@@ -119,21 +127,25 @@ class Jsonl:
     path: str
     sizes: Sequence[Sequence[int]] = ((64, 64),)
     stamp: str = field(init=False)
-    _rows: _Rows = field(init=False, repr=False)
+    _rows: Rows[Row] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         file = Path(self.path).expanduser()
         if file.is_dir():
             file = file / "metadata.jsonl"
-        rows = [_image_row(obj, file.parent, where) for where, obj in _objects(file)]
-        _fill(self, _Rows(rows, _sizes(self.sizes)))
+        rows = [_image_row(obj, file.parent, where) for where, obj in read_objects(file)]
+        _fill(self, Rows(rows, checked_sizes(self.sizes)))
 
     def __len__(self) -> int:
-        return len(self._rows.rows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
         """Raises UnreadableRecord for a damaged image."""
-        return self._rows.record(index)
+        return _record(self._rows, index)
+
+    def describe(self, index: int) -> Record:
+        """The record without images; nothing is read."""
+        return self._rows.described(index)
 
     def bucket_of(self, index: int) -> tuple[int, int, int]:
         """(height, width, number of references), from the target's header."""
@@ -161,23 +173,27 @@ class Prompts:
     height: int = 64
     width: int = 64
     stamp: str = field(init=False)
-    _rows: _Rows = field(init=False, repr=False)
+    _rows: Rows[Row] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        file, sizes = Path(self.path).expanduser(), _sizes([[self.height, self.width]])
+        file, sizes = Path(self.path).expanduser(), checked_sizes([[self.height, self.width]])
         if file.suffix == ".jsonl":
-            rows = [_prompt_row(obj, where) for where, obj in _objects(file)]
+            rows = [_prompt_row(obj, where) for where, obj in read_objects(file)]
         elif file.suffix == ".txt":
-            rows = [_Row(line) for _, line in _lines(file)]
+            rows = [Row(line) for _, line in read_lines(file)]
         else:
             raise InputError(f"{file} ends neither in .txt nor in .jsonl: give a file of prompts")
-        _fill(self, _Rows(rows, sizes))
+        _fill(self, Rows(rows, sizes))
 
     def __len__(self) -> int:
-        return len(self._rows.rows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        return self._rows.record(index)
+        return _record(self._rows, index)
+
+    def describe(self, index: int) -> Record:
+        """The record without images; nothing is read."""
+        return self._rows.described(index)
 
     def bucket_of(self, index: int) -> tuple[int, int, int]:
         """(height, width, 0)."""
@@ -187,8 +203,75 @@ class Prompts:
 # -- rows ----------------------------------------------------------------------------------------
 
 
+class Unread(Protocol):
+    """A record before its files are read, as `Rows` sees it."""
+
+    @property
+    def prompt(self) -> str:
+        """Its caption."""
+        ...
+
+    @property
+    def references(self) -> Sequence[Path]:
+        """Files of its reference images."""
+        ...
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What else is known of it."""
+        ...
+
+    def sized_by(self) -> Path | None:
+        """What Pillow opens for the size that decides the bucket; None: a blank target."""
+        ...
+
+
+R = TypeVar("R", bound=Unread)
+
+
 @dataclass(frozen=True)
-class _Row:
+class Rows(Generic[R]):
+    """What datasets of files share: rows by index, and their buckets by the images' headers.
+
+    sizes: (h, w) of the buckets; a row goes to the one of nearest aspect, a blank to the first.
+    """
+
+    rows: Sequence[R]
+    sizes: tuple[Size, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, index: int) -> R:
+        """The row. Raises IndexError below 0 as well."""
+        if not 0 <= index < len(self.rows):
+            raise IndexError(index)
+        return self.rows[index]
+
+    def described(self, index: int) -> Record:
+        """The record without images; nothing is read."""
+        row = self.at(index)
+        return Record(index, row.prompt, meta=row.meta)
+
+    def size(self, row: R) -> Size:
+        """The bucket's (h, w). Raises UnreadableRecord for a damaged header."""
+        if len(self.sizes) == 1 or (file := row.sized_by()) is None:
+            return self.sizes[0]
+        with open_image(file) as image:
+            return nearest_size(upright_size(image), self.sizes)
+
+    def bucket(self, index: int) -> tuple[int, int, int]:
+        """(height, width, number of references)."""
+        row = self.at(index)
+        try:
+            size = self.size(row)
+        except UnreadableRecord:  # it is left out when it is read, from whichever bucket
+            size = self.sizes[0]
+        return *size, len(row.references)
+
+
+@dataclass(frozen=True)
+class Row:
     """A record before its files are read; without `image` its target is blank."""
 
     prompt: str
@@ -199,64 +282,44 @@ class _Row:
 
     @property
     def files(self) -> list[Path]:
+        """All that it names."""
         return [f for f in (self.image, *self.references, self.mask) if f is not None]
 
+    def sized_by(self) -> Path | None:
+        """See `Unread`."""
+        return self.image
 
-@dataclass(frozen=True)
-class _Rows:
-    """What the datasets share: records and buckets by index."""
-
-    rows: Sequence[_Row]
-    sizes: tuple[Size, ...]
-
-    def _at(self, index: int) -> _Row:
-        if not 0 <= index < len(self.rows):
-            raise IndexError(index)
-        return self.rows[index]
-
-    def _size(self, row: _Row) -> Size:
-        if row.image is None or len(self.sizes) == 1:
-            return self.sizes[0]
-        with _open(row.image) as image:
-            return nearest_size(_upright(image), self.sizes)
-
-    def bucket(self, index: int) -> tuple[int, int, int]:
-        row = self._at(index)
-        try:
-            size = self._size(row)
-        except UnreadableRecord:  # it is left out when it is read, from whichever bucket
-            size = self.sizes[0]
-        return *size, len(row.references)
-
-    def record(self, index: int) -> Record:
-        row = self._at(index)
-        size = self._size(row)
-        if row.image is None:
-            return Record(index, row.prompt, np.zeros((*size, 3), np.uint8), meta=row.meta)
-        target, references, mask = _read(row.image), [_read(r) for r in row.references], None
-        if row.mask is not None:
-            image = _read(row.mask, "L")
-            if image.size != references[-1].size:
-                raise UnreadableRecord(f"{row.mask}: its size is not that of the last reference")
-            mask = _cover(image, size) > 127
-        covers = tuple(_cover(r, size) for r in references)
-        return Record(index, row.prompt, _cover(target, size), covers, mask, meta=row.meta)
-
-    def stamp(self) -> str:
-        digest = hashlib.sha256()
-        for row in self.rows:
-            stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in row.files]
-            names = [str(f) for f in row.files]
-            digest.update(repr((row.prompt, names, stats, row.meta)).encode())
-        return digest.hexdigest()[:16]
+    def record(self, index: int, size: Size) -> Record:
+        """Its images, which cover `size`. Raises UnreadableRecord for a damaged one."""
+        image = None if self.image is None else read_image(self.image)
+        references, mask = [read_image(r) for r in self.references], None
+        if self.mask is not None:
+            marks = read_image(self.mask, "L")
+            if marks.size != references[-1].size:
+                raise UnreadableRecord(f"{self.mask}: its size is not that of the last reference")
+            mask = cover(marks, size) > 127
+        target = np.zeros((*size, 3), np.uint8) if image is None else cover(image, size)
+        covers = tuple(cover(r, size) for r in references)
+        return Record(index, self.prompt, target, covers, mask, meta=self.meta)
 
 
-def _fill(dataset: Folder | Jsonl | Prompts, rows: _Rows) -> None:
+def _record(rows: Rows[Row], index: int) -> Record:
+    row = rows.at(index)
+    return row.record(index, rows.size(row))
+
+
+def _fill(dataset: Folder | Jsonl | Prompts, rows: Rows[Row]) -> None:
+    digest = hashlib.sha256()
+    for row in rows.rows:
+        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in row.files]
+        names = [str(f) for f in row.files]
+        digest.update(repr((row.prompt, names, stats, row.meta)).encode())
     object.__setattr__(dataset, "_rows", rows)
-    object.__setattr__(dataset, "stamp", rows.stamp())
+    object.__setattr__(dataset, "stamp", digest.hexdigest()[:16])
 
 
-def _sizes(sizes: Sequence[Sequence[int]]) -> tuple[Size, ...]:
+def checked_sizes(sizes: Sequence[Sequence[int]]) -> tuple[Size, ...]:
+    """Buckets' [h, w] as tuples. Raises InputError for none, and for what is no multiple of 16."""
     out = []
     for size in sizes:
         if len(size) != 2 or any(type(s) is not int or s < 1 or s % MULTIPLE for s in size):
@@ -269,111 +332,25 @@ def _sizes(sizes: Sequence[Sequence[int]]) -> tuple[Size, ...]:
     return tuple(out)
 
 
-# -- text ----------------------------------------------------------------------------------------
+# -- lines ---------------------------------------------------------------------------------------
 
 
 def _shown(file: Path, root: Path) -> bool:
     return file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8: save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"cannot read {file} ({error.strerror}): check its path") from None
-
-
 def _caption(file: Path) -> str:
     if not file.is_file():
         raise InputError(f"{file} is missing: every image needs a caption of its name")
-    text = _text(file).strip()
+    text = read_text(file).strip()
     if not text:
         raise InputError(f"{file} is empty: write a caption, and drop some by data.caption_dropout")
     return text
 
 
-def _lines(file: Path) -> list[tuple[int, str]]:
-    """Lines that are not empty, with their numbers from 1.
-
-    Split at \\n alone: str.splitlines also splits at characters that JSON strings may hold.
-    """
-    lines = enumerate(_text(file).split("\n"), 1)
-    found = [(n, line.strip()) for n, line in lines if line.strip()]
-    if not found:
-        raise InputError(f"{file} has no lines: give at least one record")
-    return found
-
-
-def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file, line n", object) of each line; refuses an `id` that comes twice."""
-    seen: dict[str, int] = {}
-    for number, line in _lines(file):
-        where = f"{file}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON ({error}): correct it") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{where} is no JSON object: write {{...}}")
-        if "id" in value:
-            first = seen.setdefault(repr(value["id"]), number)
-            if first != number:
-                raise InputError(f"{where} has the id of line {first}: ids must differ")
-        yield where, value
-
-
-def _take_text(obj: dict[str, Any], where: str) -> str:
-    key = "prompt" if "prompt" in obj else "text"
-    prompt = obj.pop(key, None)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f'{where} has no prompt: give "prompt" (or "text"), a string')
-    return prompt.strip()
-
-
-def _take_meta(obj: dict[str, Any], where: str) -> dict[str, Any]:
-    """What is left of a line, with `meta` opened and the lists that rewards read as tuples."""
-    inner = obj.pop("meta", {})
-    if not isinstance(inner, dict):
-        raise InputError(f'{where}: "meta" is no object: write {{...}}')
-    if twice := sorted(set(inner) & set(obj)):
-        raise InputError(f'{where} has "{twice[0]}" both in meta and beside it: keep one')
-    meta = obj | inner
-    if "text" in meta:
-        text = [meta["text"]] if isinstance(meta["text"], str) else meta["text"]
-        if not isinstance(text, list) or not all(isinstance(s, str) for s in text):
-            raise InputError(f'{where}: "text" of an image is a string or a list of strings')
-        meta["text"] = tuple(text)
-    if "text_box" in meta:
-        box = meta["text_box"]
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_share, box))):
-            raise InputError(f'{where}: "text_box" is [left, top, right, bottom], each from 0 to 1')
-        meta["text_box"] = tuple(map(float, box))
-    return meta
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= 1
-
-
-def _take_path(name: Any, root: Path, where: str) -> Path:
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{where}: {name!r} is no path: give a string")
-    inside = os.path.normpath(name)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == ".." or "\0" in inside:
-        raise InputError(f"{where}: {name!r} leads out of {root}: keep images in the folder")
-    file = root / inside
-    if file.suffix.lower() not in FORMATS:
-        raise InputError(f"{where}: {name!r} is no image: use {', '.join(sorted(FORMATS))}")
-    if not file.is_file():
-        raise InputError(f"{where}: there is no {file}: correct the line or add the file")
-    return file
-
-
-def _image_row(obj: dict[str, Any], root: Path, where: str) -> _Row:
+def _image_row(obj: dict[str, Any], root: Path, where: str) -> Row:
     obj = dict(obj)
-    prompt = _take_text(obj, where)
+    prompt = take_prompt(obj, where)
     names = [obj.pop(key) for key in ("image", "file_name") if key in obj]
     if len(names) != 1:
         raise InputError(f'{where} needs one image: give "image" (or "file_name"), and not both')
@@ -382,20 +359,20 @@ def _image_row(obj: dict[str, Any], root: Path, where: str) -> _Row:
         raise InputError(f'{where}: "references" is no list: write ["a.png", ...]')
     if mask is not None and not references:
         raise InputError(f"{where} has a mask but no references, of which it marks the last")
-    return _Row(
+    return Row(
         prompt,
-        _take_path(names[0], root, where),
-        tuple(_take_path(name, root, where) for name in references),
-        None if mask is None else _take_path(mask, root, where),
-        _take_meta(obj, where),
+        take_path(names[0], root, where),
+        tuple(take_path(name, root, where) for name in references),
+        None if mask is None else take_path(mask, root, where),
+        take_meta(obj, where),
     )
 
 
-def _prompt_row(obj: dict[str, Any], where: str) -> _Row:
+def _prompt_row(obj: dict[str, Any], where: str) -> Row:
     obj = {k: v for k, v in obj.items() if k not in ("image", "file_name", "mask")}
     if obj.pop("references", None):
         raise InputError(f"{where} has references, which prompts alone cannot have: use data=jsonl")
-    return _Row(_take_text(obj, where), meta=_take_meta(obj, where))
+    return Row(take_prompt(obj, where), meta=take_meta(obj, where))
 
 
 # -- pixels --------------------------------------------------------------------------------------
@@ -411,7 +388,7 @@ def nearest_size(image: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=distance)
 
 
-def _open(file: Path) -> Image.Image:
+def open_image(file: Path) -> Image.Image:
     """The image by its header. Its pixels are bounded by Pillow's limit, of which a warning is
     enough here."""
     try:
@@ -422,9 +399,9 @@ def _open(file: Path) -> Image.Image:
         raise UnreadableRecord(f"{file}: {_line(error)}") from error
 
 
-def _read(file: Path, mode: str = "RGB") -> Image.Image:
+def read_image(file: Path, mode: str = "RGB") -> Image.Image:
     """The image upright, in `mode`; what is transparent shows white."""
-    with _open(file) as image:
+    with open_image(file) as image:
         try:
             image.load()
             if image.mode.startswith(("I", "F")):  # 16 bits of grey, which convert would clip
@@ -440,7 +417,7 @@ def _read(file: Path, mode: str = "RGB") -> Image.Image:
             raise UnreadableRecord(f"{file}: {_line(error)}") from error
 
 
-def _upright(image: Image.Image) -> Size:
+def upright_size(image: Image.Image) -> Size:
     """(h, w) as the EXIF orientation shows it."""
     try:
         # Where the header has none, getexif would read a PNG to its end to look for it.
@@ -450,7 +427,7 @@ def _upright(image: Image.Image) -> Size:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _cover(image: Image.Image, size: Size) -> np.ndarray:
+def cover(image: Image.Image, size: Size) -> np.ndarray:
     """`image` resized (Lanczos) to cover h w, its overhang cut evenly: h w (3) uint8."""
     return np.array(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS))
 

@@ -65,7 +65,7 @@ def _refusal(response: httpx.Response, body: bytes, url: str) -> Lost:
         text = response.reason_phrase
     detail = f"{url}: {status} {' '.join(text.split())[:300]}"
     if status in (429, 503):
-        return Lost("busy", detail, wait=_retry_after(response.headers.get("Retry-After")))
+        return Lost("busy", detail, wait=retry_after(response.headers.get("Retry-After")))
     if status == 504:
         return Lost("timed out", detail, final=True)
     if status >= 500:
@@ -73,8 +73,8 @@ def _refusal(response: httpx.Response, body: bytes, url: str) -> Lost:
     return Lost(f"refused ({status})", detail, final=True)
 
 
-def _retry_after(said: str | None) -> float:
-    """Seconds, from a number of them or a date."""
+def retry_after(said: str | None) -> float:
+    """Seconds of a Retry-After header, which is a number or a date; 0 without one."""
     if said is None:
         return 0.0
     try:

@@ -201,7 +201,7 @@ def serve(cfg: Any) -> dict[str, Any]:
     pools: Any = OmegaConf.to_container(cfg.pools, resolve=True)
     plan = planned(configs, pools, {k: settings[k] for k in ("workers", *_POOL)})
     limits, token = _limits(settings["limits"]), token_of(settings["token"])
-    sock = _bound(settings["host"], settings["port"])
+    sock = bound(settings["host"], settings["port"])
     address = Path(cfg.run.dir) / "address.json"
     address.unlink(missing_ok=True)  # of a service that was killed
     lanes: dict[str, Lane] = {}
@@ -275,7 +275,7 @@ def _limits(given: Mapping[str, Any]) -> Limits:
         raise InputError(f"serve.limits: {error.errors()[0]['msg']}: give numbers from 1") from None
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """A socket at that place, which does not listen yet: the rewards may take minutes to load."""
     if not 0 <= port < 2**16:
         raise InputError(f"serve.port={port} is no port: give 0 to 65535")
@@ -289,11 +289,12 @@ def _bound(host: str, port: int) -> socket.socket:
             sock.close()
             raise
     except OSError as error:
-        raise _taken(host, port, error) from None
+        raise port_taken(host, port, error) from None
     return sock
 
 
-def _taken(host: str, port: int, error: OSError) -> InputError:
+def port_taken(host: str, port: int, error: OSError) -> InputError:
+    """What to say where a port cannot be had."""
     return InputError(
         f"cannot serve at {host}, port {port}: {error.strerror}: choose another serve.host or "
         "serve.port (0 takes a free one)"
@@ -308,7 +309,7 @@ def _announce(
     try:
         sock.listen(128)
     except OSError as error:  # somebody else began to, since
-        raise _taken(host, port, error) from None
+        raise port_taken(host, port, error) from None
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     facts = {"url": url, "host": host, "port": port, "rewards": list(lanes), "token": bool(token)}
     write_json(address, facts)
@@ -316,7 +317,7 @@ def _announce(
         count = lane.pool.workers
         print(f"{name}: {lane.about.engine}, {count} process{'es' * (count > 1)}")
     print(f"rewards at {url}, {'with' if token else 'without'} a token", flush=True)
-    if token is None and not _loopback(host):
+    if token is None and not is_loopback(host):
         print(
             f"warning: whoever reaches {host}:{port} can use this service: set serve.token to a "
             "variable of the environment that holds a token",
@@ -324,7 +325,8 @@ def _announce(
         )
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

@@ -1,4 +1,4 @@
-"""What a chat completion of OpenAI's protocol says, read from its log-probabilities."""
+"""What a chat completion of OpenAI's protocol says: its text, or its log-probabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
-from rewards.vlm.model import Answer, Question, option_of
+from rewards.vlm.model import Answer, Question, Written, option_of
 
 _MARK: Final = re.compile(r"score[\s*_]*[:\uff1a][\s*_]*", re.IGNORECASE)
 _BLANK: Final = re.compile(r"[\s*_]*")
@@ -33,6 +33,21 @@ def read_answer(body: bytes, question: Question) -> Answer:
         return Answer(_probabilities(tokens[index], question.options))
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError):
         return Answer(None, "junk")
+
+
+def read_text(body: bytes) -> Written:
+    """What a chat completion wrote. Failures: "junk" where the body is no completion, "too long"
+    where it was cut off, "no words" where it is blank."""
+    try:
+        choice = json.loads(body)["choices"][0]
+        text, ended = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return Written("", "junk")
+    if ended == "length":
+        return Written("", "too long")
+    if text is not None and not isinstance(text, str):
+        return Written("", "junk")
+    return Written(text) if text and text.strip() else Written("", "no words")
 
 
 def _place(text: str, reason: bool) -> int:

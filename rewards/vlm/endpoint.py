@@ -1,5 +1,5 @@
-"""A judge behind an OpenAI-compatible /v1/chat/completions (vLLM, SGLang): many questions at once,
-and patience with limits.
+"""A model behind an OpenAI-compatible /v1/chat/completions (vLLM, SGLang), which judges or writes:
+many questions at once, and patience with limits.
 
 JSON only; images travel as PNG data URLs, without loss. An item that cannot be answered is an
 `Answer` with its failure, and the others neither notice nor wait. Everything runs on one thread of
@@ -9,17 +9,15 @@ its own, where each wait can be cut short.
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import logging
-import math
 import os
 import random
 import re
 import threading
-import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -27,12 +25,15 @@ import httpx
 
 from flux2.errors import InputError
 from rewards.base import Unavailable
-from rewards.vlm.completion import read_answer
-from rewards.vlm.model import Answer, Picture, Question
+from rewards.http.exchange import retry_after
+from rewards.vlm.completion import read_answer, read_text
+from rewards.vlm.model import Answer, Picture, Question, Request, Written
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_Job = tuple[Callable[[], bytes], Callable[[bytes], T]]
+"""What makes a request's body, and what reads the answer's."""
 
 LARGEST: Final = 2**24
 """Bytes of an answer. A few hundred tokens with twenty alternatives each are one megabyte."""
@@ -98,7 +99,8 @@ class Endpoint:
     """
 
     cost = "remote"
-    licence = "the judge model's own licence, and its provider's terms"
+    licence = "the model's own licence, and its provider's terms"
+    sees = True
 
     def __init__(
         self,
@@ -123,10 +125,10 @@ class Endpoint:
                    "reason_tokens": reason_tokens, "alternatives": alternatives}  # fmt: skip
         for name, value in numbers.items():
             if not value > 0:
-                raise InputError(f"judge endpoint: {name} is {value}: use a number > 0")
+                raise InputError(f"endpoint: {name} is {value}: use a number > 0")
         if pause < 0 or longest_pause < pause:
             raise InputError(
-                f"judge endpoint: pause={pause}, longest_pause={longest_pause}: use 0 ≤ pause ≤ "
+                f"endpoint: pause={pause}, longest_pause={longest_pause}: use 0 ≤ pause ≤ "
                 "longest_pause"
             )
         self._headers = {"Accept": "application/json", "Content-Type": "application/json"}
@@ -134,7 +136,7 @@ class Endpoint:
         if key is not None:
             self._key = os.environ.get(key)
             if not self._key:
-                raise InputError(f"judge endpoint: the environment variable {key} is not set")
+                raise InputError(f"endpoint: the environment variable {key} is not set")
             self._headers["Authorization"] = f"Bearer {self._key}"
         self.connect, self.read, self.deadline, self.attempts = connect, read, deadline, attempts
         self._pause, self._longest_pause = pause, longest_pause
@@ -160,10 +162,22 @@ class Endpoint:
 
     def submit(self, questions: Sequence[Question]) -> Future[list[Answer]]:
         """Starts on the questions and returns at once."""
-        return self._run(self._all(list(questions)))
+        jobs = [(partial(self._asking, q), partial(read_answer, question=q)) for q in questions]
+        return self._run(self._all(jobs, lambda why: Answer(None, why)))
 
     def result(self, pending: Future[list[Answer]]) -> list[Answer]:
         """Waits for what submit started; answers in order."""
+        return pending.result()
+
+    # ------------------------------------------------------------ the writer's protocol
+
+    def write(self, requests: Sequence[Request]) -> Future[list[Written]]:
+        """Starts on the requests and returns at once."""
+        jobs = [(partial(self._writing, r), read_text) for r in requests]
+        return self._run(self._all(jobs, lambda why: Written("", why)))
+
+    def written(self, pending: Future[list[Written]]) -> list[Written]:
+        """Waits for what write started; answers in order."""
         return pending.result()
 
     def close(self) -> None:
@@ -196,7 +210,7 @@ class Endpoint:
         self._client = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=timeout)
         self._free = asyncio.Semaphore(self.concurrency)
         self._circuit = _Circuit(self._give_up_after, self.concurrency)
-        self._tasks: set[asyncio.Task[Answer]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._jobs: set[asyncio.Task[Any] | None] = set()
 
     async def _shutdown(self) -> None:
@@ -206,19 +220,20 @@ class Endpoint:
         await self._client.aclose()
         await asyncio.get_running_loop().shutdown_default_executor()
 
-    async def _all(self, questions: list[Question]) -> list[Answer]:
+    async def _all(self, jobs: Sequence[_Job[T]], failed: Callable[[str], T]) -> list[T]:
+        """failed: what stands for a job that has no answer, and why."""
         self._circuit.again()
         until = asyncio.get_running_loop().time() + self.deadline
-        tasks = [asyncio.create_task(self._one(q, until)) for q in questions]
+        tasks = [asyncio.create_task(self._one(*job, failed, until)) for job in jobs]
         self._tasks.update(tasks)
         self._jobs.add(job := asyncio.current_task())
         done = await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.difference_update(tasks)
         self._jobs.discard(job)
-        out: list[Answer] = []
+        out: list[T] = []
         for answer in done:
             if isinstance(answer, asyncio.CancelledError):
-                answer = Answer(None, "closed")
+                answer = failed("closed")
             if isinstance(answer, BaseException):
                 raise answer
             out.append(answer)
@@ -226,20 +241,26 @@ class Endpoint:
 
     # ------------------------------------------------------------ one question
 
-    async def _one(self, question: Question, until: float) -> Answer:
+    async def _one(
+        self,
+        ask: Callable[[], bytes],
+        read: Callable[[bytes], T],
+        failed: Callable[[str], T],
+        until: float,
+    ) -> T:
         try:
             async with asyncio.timeout_at(until), self._free:
                 if self._circuit.open.is_set():
-                    return Answer(None, "server gone")
+                    return failed("server gone")
                 # Encoding a large image takes a tenth of a second: not on the thread that waits.
-                body = await asyncio.to_thread(self._body, question)
-                return read_answer(await self._persist(body, until), question)
+                body = await asyncio.to_thread(ask)
+                return read(await self._persist(body, until))
         except TimeoutError:
             self._tell("timed out", f"no answer within deadline={self.deadline:g} s")
-            return Answer(None, "timed out")
-        except _Failed as failed:
-            self._tell(failed.reason, failed.detail)
-            return Answer(None, failed.reason)
+            return failed("timed out")
+        except _Failed as error:
+            self._tell(error.reason, error.detail)
+            return failed(error.reason)
 
     async def _persist(self, body: bytes, until: float) -> bytes:
         """The response's body. Raises _Failed."""
@@ -292,29 +313,32 @@ class Endpoint:
             f"the server says {said}" if said else "without a word",
             again=status in AGAIN,
             gone=status >= 500,
-            wait=_retry_after(response.headers.get("retry-after")),
+            wait=retry_after(response.headers.get("retry-after")),
         )
 
-    def _body(self, question: Question) -> bytes:
+    def _asking(self, question: Question) -> bytes:
+        # Without reasoning some room still: a space before the digit, what follows after it.
+        how = {"temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": self._alternatives,
+               "max_tokens": self._reason_tokens if question.reason else 4}  # fmt: skip
+        return self._body(question.system, question.parts, how)
+
+    def _writing(self, request: Request) -> bytes:
+        how = {"temperature": request.temperature, "seed": request.seed,
+               "max_tokens": request.tokens}  # fmt: skip
+        return self._body(request.system, request.parts, how)
+
+    def _body(self, system: str, parts: Sequence[str | Picture], how: Mapping[str, Any]) -> bytes:
         content = [
             {"type": "image_url", "image_url": {"url": part.url}}
             if isinstance(part, Picture)
             else {"type": "text", "text": part}
-            for part in question.parts
+            for part in parts
         ]
-        request = {
-            "model": self.model,
-            "messages": [
-                {"role": "system", "content": question.system},
-                {"role": "user", "content": content},
-            ],
-            "temperature": 0,
-            "seed": 0,
-            # Without reasoning some room still: a space before the digit, what follows after it.
-            "max_tokens": self._reason_tokens if question.reason else 4,
-            "logprobs": True,
-            "top_logprobs": self._alternatives,
-        }
+        messages = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": content},
+        ]
+        request = {"model": self.model, "messages": messages, **how}
         return json.dumps(request | self._extra).encode()
 
     # ------------------------------------------------------------ words
@@ -326,12 +350,12 @@ class Endpoint:
                 response = await self._client.get(f"{self.url}/models")
         except (httpx.HTTPError, TimeoutError) as error:
             return (
-                f"no judge answers at {self.url} ({self._line(error)}): start it, as with "
+                f"no model answers at {self.url} ({self._line(error)}): start it, as with "
                 f"`vllm serve {self.model}`, or correct url"
             )
         if response.status_code in (401, 403):
             return (
-                f"the judge at {self.url} refuses the API key (HTTP {response.status_code}): name "
+                f"the model at {self.url} refuses the API key (HTTP {response.status_code}): name "
                 "the environment variable that holds it with key="
             )
         try:
@@ -348,7 +372,7 @@ class Endpoint:
     def _tell(self, reason: str, detail: str) -> None:
         if reason not in self._told:  # once each: a thousand items fail alike
             self._told.add(reason)
-            log.warning("the judge at %s gave no answer (%s): %s", self.url, reason, detail)
+            log.warning("the model at %s gave no answer (%s): %s", self.url, reason, detail)
 
     def _line(self, said: object) -> str:
         """One short line without the key, whatever a server echoes."""
@@ -362,21 +386,7 @@ def _checked_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
         raise InputError(
-            f"judge endpoint: url={re.sub(r'//.*@', '//***@', url)!r}: write it as "
+            f"endpoint: url={re.sub(r'//.*@', '//***@', url)!r}: write it as "
             "http://127.0.0.1:8000/v1, and give a key by the name of its environment variable"
         )
     return url.rstrip("/")
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header, which is a number or a date; 0 without one."""
-    if value is None:
-        return 0.0
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0

@@ -1,17 +1,20 @@
-"""A judge in this process: a vision-language model of transformers (Qwen3-VL, Qwen2.5-VL).
+"""A judge or writer in this process: a vision-language model of transformers (Qwen3-VL,
+Qwen2.5-VL), or, for writing alone, a language model.
 
-The answer is read from the logits after the question, or, with reasoning, from those after what the
-model wrote and a forced "Score:". Decoding is greedy; nothing here is random.
+A judge's answer is read from the logits after the question, or, with reasoning, from those after
+what the model wrote and a forced "Score:", decoded greedily. What a writer draws depends on the
+request's seed, and on nothing else that is asked at the same time.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from PIL import Image
@@ -19,14 +22,28 @@ from torch import Tensor
 
 from flux2.distributed import pick_device
 from flux2.errors import InputError
+from flux2.rng import keyed
 from flux2.sources import fingerprint, pretrained, read_json
 from rewards.base import Unavailable
 from rewards.nets.weights import weight_files, weights_folder
-from rewards.vlm.model import MARKER, Answer, Picture, Question, option_of, plain
+from rewards.vlm.model import (
+    MARKER,
+    Answer,
+    Picture,
+    Question,
+    Request,
+    Written,
+    option_of,
+    plain,
+)
 
 log = logging.getLogger(__name__)
 
+A = TypeVar("A", Question, Request)
+B = TypeVar("B", Answer, Written)
+
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REFUSED: Final = Answer(None, "refused")
 FULL_WIDTH: Final = 0xFEE0
 """From a plain character to its full-width form."""
 
@@ -42,14 +59,15 @@ class LocalVLM:
         batch: questions at a time.
         quantise: "nf4" keeps the language model in 4 bits (bitsandbytes); None as it is.
         reason_tokens: of the reasoning, at most.
+        sees: false for a language model, which cannot judge, and writes without seeing images.
 
     Raises:
         Unavailable: the weights are not there, or bitsandbytes is not.
-        InputError: for bad arguments, or a model that does not take images.
+        InputError: for bad arguments, or a model that does not take images (text, without `sees`).
     """
 
     cost = "heavy"
-    licence = "the judge model's own licence: read what it says of using its outputs in training"
+    licence = "the model's own licence: read what it says of using its outputs in training"
 
     def __init__(
         self,
@@ -59,23 +77,24 @@ class LocalVLM:
         batch: int = 8,
         quantise: str | None = None,
         reason_tokens: int = 384,
+        sees: bool = True,
     ) -> None:
         if dtype not in ("auto", *DTYPES) or quantise not in (None, "nf4"):
             raise InputError(
-                f"judge: dtype={dtype}, quantise={quantise}: choose from auto, "
+                f"local model: dtype={dtype}, quantise={quantise}: choose from auto, "
                 f"{', '.join(DTYPES)}, and nf4 or null"
             )
         if batch < 1 or reason_tokens < 1:
-            raise InputError(f"judge: batch={batch}, reason_tokens={reason_tokens}: use ≥ 1")
+            raise InputError(f"local model: batch={batch}, reason_tokens={reason_tokens}: use ≥ 1")
         if quantise and importlib.util.find_spec("bitsandbytes") is None:
-            raise Unavailable("judge: quantise=nf4 needs bitsandbytes: pip install bitsandbytes")
+            raise Unavailable("local model: quantise=nf4 needs bitsandbytes: pip install it")
         self.device = pick_device(device)
         self.path, self.batch, self.quantise = path, batch, quantise
-        self.reason_tokens = reason_tokens
+        self.reason_tokens, self.sees = reason_tokens, sees
         kind = ("bf16" if self.device.type == "cuda" else "fp32") if dtype == "auto" else dtype
         self.dtype = DTYPES[kind]
         self.folder = weights_folder(path, ("config.json", "tokenizer_config.json"))
-        _check(self.folder)
+        _check(self.folder, sees)
         self._hash: str | None = None
         self._model: Any = None
         self._options: dict[str, Tensor] = {}
@@ -104,6 +123,14 @@ class LocalVLM:
         """Waits for what submit started; answers in order."""
         return pending.result()
 
+    def write(self, requests: Sequence[Request]) -> Future[list[Written]]:
+        """Starts on the requests and returns at once."""
+        return self._thread.submit(self._written, list(requests))
+
+    def written(self, pending: Future[list[Written]]) -> list[Written]:
+        """Waits for what write started; answers in order."""
+        return pending.result()
+
     def close(self) -> None:
         """Ends the thread, after what it is at, and frees the model."""
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -114,16 +141,25 @@ class LocalVLM:
     def _load(self) -> None:
         if self._model is not None:
             return
-        from transformers import AutoModelForImageTextToText, GenerationConfig
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoTokenizer,
+            GenerationConfig,
+        )
 
-        self.processor = processor_of(self.folder)
+        if self.sees:
+            self.processor = processor_of(self.folder)
+            self.tokenizer = self.processor.tokenizer
+        else:
+            self.tokenizer = pretrained(AutoTokenizer, self.folder)
         more: dict[str, Any] = {}
         if self.device.type != "cpu":
             more["device_map"] = {"": self.device}
         if self.quantise:
             more["quantization_config"] = _nf4(self.dtype)
         model, info = pretrained(
-            AutoModelForImageTextToText,
+            AutoModelForImageTextToText if self.sees else AutoModelForCausalLM,
             self.folder,
             dtype=self.dtype,
             use_safetensors=True,
@@ -132,7 +168,7 @@ class LocalVLM:
         )
         if missing := sorted(info["missing_keys"]):
             raise InputError(f"{self.folder} lacks {missing[0]}: restore the folder's weights")
-        tokenizer = self.processor.tokenizer
+        tokenizer = self.tokenizer
         # The folder's own asks for sampling and for penalties.
         model.generation_config = GenerationConfig(
             do_sample=False,
@@ -150,17 +186,27 @@ class LocalVLM:
             rows = [i for i, q in enumerate(questions) if q.reason == reason]
             for start in range(0, len(rows), self.batch):
                 part = rows[start : start + self.batch]
-                answers |= zip(part, self._some([questions[i] for i in part]), strict=True)
+                some = self._some([questions[i] for i in part], self._batch, REFUSED)
+                answers |= zip(part, some, strict=True)
         return [answers[i] for i in range(len(questions))]
 
-    def _some(self, questions: Sequence[Question]) -> list[Answer]:
+    @torch.inference_mode()
+    def _written(self, requests: list[Request]) -> list[Written]:
+        self._load()
+        refused = Written("", "refused")
+        parts = [requests[k : k + self.batch] for k in range(0, len(requests), self.batch)]
+        return [w for part in parts for w in self._some(part, self._draft, refused)]
+
+    def _some(
+        self, asked: Sequence[A], batch: Callable[[Sequence[A]], list[B]], refused: B
+    ) -> list[B]:
         try:
-            return self._batch(questions)
+            return batch(asked)
         except ValueError as error:  # an image that the processor refuses, as one of 1 : 200
-            if len(questions) > 1:
-                return [a for q in questions for a in self._some([q])]
+            if len(asked) > 1:
+                return [a for q in asked for a in self._some([q], batch, refused)]
             log.warning("a question could not be asked: %s", str(error).split("\n")[0])
-            return [Answer(None, "refused")]
+            return [refused]
 
     def _batch(self, questions: Sequence[Question]) -> list[Answer]:
         texts = [self._text(q) for q in questions]
@@ -168,9 +214,9 @@ class LocalVLM:
         if questions[0].reason:
             inputs = self._inputs(texts, images)
             written = self._model.generate(
-                **inputs, stop_strings=[MARKER], tokenizer=self.processor.tokenizer
+                **inputs, stop_strings=[MARKER], tokenizer=self.tokenizer
             )
-            words = self.processor.tokenizer.batch_decode(
+            words = self.tokenizer.batch_decode(
                 written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             thoughts = (plain(w.partition(MARKER)[0]).rstrip() for w in words)
@@ -183,33 +229,64 @@ class LocalVLM:
             for row, question in zip(chances, questions, strict=True)
         ]
 
-    def _text(self, question: Question) -> str:
-        content = [
-            {"type": "image"} if isinstance(p, Picture) else {"type": "text", "text": p}
-            for p in question.parts
-        ]
+    def _draft(self, requests: Sequence[Request]) -> list[Written]:
+        images = [[_pil(p) for p in r.parts if isinstance(p, Picture)] for r in requests]
+        inputs = self._inputs([self._text(r) for r in requests], images)
+        begin = inputs["input_ids"].shape[1]
+        drawn = self._model.generate(
+            **inputs,
+            max_new_tokens=max(r.tokens for r in requests),
+            logits_processor=[_Draw(tuple((r.temperature, r.seed) for r in requests), begin)],
+        )[:, begin:]
+        ends = self._model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends)
+        out = []
+        for row, request in zip(drawn.tolist(), requests, strict=True):
+            length = next((k for k, token in enumerate(row) if token in ends), len(row) + 1)
+            if length > request.tokens:
+                out.append(Written("", "too long"))
+                continue
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            out.append(Written(text) if text.strip() else Written("", "no words"))
+        return out
+
+    def _text(self, asked: Question | Request) -> str:
+        if not self.sees:
+            if any(isinstance(p, Picture) for p in asked.parts):
+                raise InputError(f"{self.folder} sees no images: choose a vision-language model")
+            template, content = self.tokenizer, "".join(str(p) for p in asked.parts)
+        else:
+            template = self.processor
+            content = [
+                {"type": "image"} if isinstance(p, Picture) else {"type": "text", "text": p}
+                for p in asked.parts
+            ]
         messages = [
-            {"role": "system", "content": question.system},
+            {"role": "system", "content": asked.system},
             {"role": "user", "content": content},
         ]
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+        # A judge's thinking is the question's own affair (`reason`); a writer's would be its text.
+        thinks = isinstance(asked, Request) and "enable_thinking" in str(template.chat_template)
+        more = {"enable_thinking": False} if thinks else {}
+        return template.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **more
         )
 
     def _inputs(self, texts: Sequence[str], images: Sequence[Any]) -> Any:
         # The answer stands at the end of each row, so padding must not.
-        return self.processor(
-            text=list(texts),
-            images=list(images),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
+        if self.sees:
+            shown = [image for row in images for image in row]  # in the order of their places
+            encode, more = self.processor, {"images": shown or None}
+        else:
+            encode, more = self.tokenizer, {}
+        return encode(
+            text=list(texts), **more, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.device)
 
     def _ids(self, option: str) -> Tensor:
         """The tokens that say an option: alone, after a space or a new line, full-width."""
         if option not in self._options:
-            tokenizer = self.processor.tokenizer
+            tokenizer = self.tokenizer
             spelled = [option, f" {option}", f"\n{option}", chr(ord(option) + FULL_WIDTH)]
             coded = [tokenizer.encode(s, add_special_tokens=False) for s in spelled]
             ids = {c[0] for c in coded if len(c) == 1 and option_of(tokenizer.decode(c)) == option}
@@ -220,6 +297,33 @@ class LocalVLM:
                 )
             self._options[option] = torch.tensor(sorted(ids), device=self.device)
         return self._options[option]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Leaves, of each row's logits, the token that is drawn: by its own seed and place, so that a
+    text does not depend on what is written beside it.
+
+    rows: (temperature, seed) of each. begin: where the answers begin.
+    """
+
+    rows: tuple[tuple[float, int], ...]
+    begin: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Both b v."""
+        place = input_ids.shape[1] - self.begin
+        tokens = []
+        for logits, (temperature, seed) in zip(scores, self.rows, strict=True):
+            if temperature == 0:
+                tokens.append(logits.argmax())
+                continue
+            # The inverse of the distribution function at one uniform number.
+            up_to = (logits.double() / temperature).softmax(-1).cumsum(-1)
+            u = keyed(seed, "written", place).random() * float(up_to[-1])
+            tokens.append((up_to <= u).sum().clamp(max=len(logits) - 1))
+        chosen = torch.stack(tokens)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
 def processor_of(folder: Path) -> Any:
@@ -240,17 +344,22 @@ def processor_of(folder: Path) -> Any:
     return pretrained(stills, folder, backend="pil")
 
 
-def _check(folder: Path) -> None:
-    """Refuses a model that does not take images, or whose chat template is missing."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN,
-    )
+def _check(folder: Path, sees: bool) -> None:
+    """Refuses a model that does not take what it must, or whose chat template is missing."""
+    from transformers.models.auto import modeling_auto as known
 
     kind = read_json(folder / "config.json").get("model_type")
-    if kind not in KNOWN:
+    if sees and kind not in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        more = "" if kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else (
+            ", or, to write without seeing images, set sees=false"
+        )  # fmt: skip
         raise InputError(
             f"{folder} holds a model of type {kind!r}, which does not read images and text: choose "
-            "a Qwen3-VL or Qwen2.5-VL"
+            f"a Qwen3-VL or Qwen2.5-VL{more}"
+        )
+    if not sees and kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{folder} holds a model of type {kind!r}, no language model: set sees=true"
         )
     files = ("chat_template.jinja", "chat_template.json")
     told = read_json(folder / "tokenizer_config.json").get("chat_template")

@@ -1,8 +1,9 @@
 """How a vision-language model is asked, whoever runs it: a question with images, of which the
-answer is one of a few options, and the probability that the model gives each of them.
+answer is one of a few options, and the probability that the model gives each of them; or a request
+to write something.
 
 `rewards.vlm.endpoint` asks a server, `rewards.vlm.local` a model in this process; `rewards.judge`
-and `rewards.pairwise` make the questions.
+and `rewards.pairwise` make the questions, stage=enhance the requests.
 """
 
 from __future__ import annotations
@@ -124,6 +125,66 @@ class Model(Protocol):
 
     def result(self, pending: Any) -> list[Answer]:
         """Waits for what submit started: an answer to each question, in order."""
+        ...
+
+    def close(self) -> None:
+        """Frees what is held. Nothing can be asked afterwards."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Words that a model is asked to write.
+
+    Attributes:
+        system: how to write.
+        parts: text and images, in order.
+        tokens: at most; what has not ended by then is a failure, "too long".
+        temperature: of the draws; 0 takes the likeliest token each time.
+        seed: of the draws.
+    """
+
+    system: str
+    parts: tuple[str | Picture, ...]
+    tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote, or, in a word or two, why there is nothing."""
+
+    text: str
+    failure: str | None = None
+
+
+class Writer(Protocol):
+    """Who writes.
+
+    Attributes:
+        licence: of the model.
+        sees: whether images can be shown to it.
+    """
+
+    licence: str
+    sees: bool
+
+    @property
+    def engine(self) -> str:
+        """The model and its version, without parentheses."""
+        ...
+
+    def ready(self) -> None:
+        """Waits until requests can be answered; raises InputError where they cannot be."""
+        ...
+
+    def write(self, requests: Sequence[Request]) -> Any:
+        """Starts on the requests and returns at once."""
+        ...
+
+    def written(self, pending: Any) -> list[Written]:
+        """Waits for what write started: an answer to each request, in order."""
         ...
 
     def close(self) -> None:

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from eval import pairs
-from eval.pairs import Maker, best_and_worst, finish, split
+from eval.groups import Groups, calibrate, claim, split
+from eval.pairs import best_and_worst, finish, found_in
 from flux2 import distributed
-from flux2.adapters import Switch
 from flux2.data.loader import Collator
 from flux2.data.pairs import Pairs
 from flux2.data.record import UnreadableRecord
@@ -29,7 +29,7 @@ from flux2.data.signs import SignWorld
 from flux2.errors import InputError
 from flux2.generate import Sampler
 from flux2.model import Flux2
-from flux2.roles import VelocityRole
+from flux2.roles import velocity_of
 from flux2.types import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +44,12 @@ def red(images: Tensor, batch: Batch) -> Mapping[str, Tensor]:
     return {"reward": torch.where(missing, NAN, value)}
 
 
-def maker(model: Flux2, folder: Path, dataset: Any = None, reward: Any = red) -> Maker:
+def maker(model: Flux2, folder: Path, dataset: Any = None, reward: Any = red) -> Groups:
     dataset = SignWorld("train", length=6) if dataset is None else dataset
-    for name in ("chunks", "images"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "chunks").mkdir(parents=True, exist_ok=True)
     sampler = Sampler(steps=2, guidance=2.0)
-    role = VelocityRole(model.transformer, Switch(model.transformer), None, None)
     collate = Collator(model, latents=False, unconditional=True)
-    return Maker(dataset, collate, sampler, role, reward, GROUP, 7, folder)
+    return Groups(dataset, collate, sampler, velocity_of(model), reward, GROUP, 7, folder)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -84,7 +82,7 @@ def test_pairs_are_the_samplers_best_and_worst(tiny, tmp_path: Path):
     folder = tmp_path / "pairs"
     one = maker(tiny, folder)
     chunks = split(one.dataset, 0, 4, 2)
-    one.run(chunks)
+    one.run(chunks, found_in)
     summary = finish(folder, len(chunks), 0.0, shown=2)
     assert summary["prompts"] == summary["kept"] == 4
     data = Pairs(str(folder))
@@ -114,11 +112,11 @@ def test_pairs_are_the_samplers_best_and_worst(tiny, tmp_path: Path):
 
 def test_two_ranks_make_what_one_makes(tiny, tmp_path: Path, monkeypatch):
     chunks = split(SignWorld("train", length=6), 0, 5, 2)
-    maker(tiny, tmp_path / "one").run(chunks)
+    maker(tiny, tmp_path / "one").run(chunks, found_in)
     monkeypatch.setattr(distributed, "size", lambda: 2)
     for rank in (1, 0):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        maker(tiny, tmp_path / "two").run(chunks)
+        maker(tiny, tmp_path / "two").run(chunks, found_in)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert sum(name.startswith("chunks/") for name in content(tmp_path / "two")) == 3
 
@@ -133,13 +131,13 @@ def test_a_second_try_repeats_only_what_is_missing(tiny, tmp_path: Path):
     folder = tmp_path / "pairs"
     one = maker(tiny, folder, reward=counted)
     chunks = split(one.dataset, 0, 6, 2)
-    one.run(chunks)
+    one.run(chunks, found_in)
     whole = content(folder)
     assert scored == list(range(6))
     for name in ("chunks/000001.json", "images/000002-0.png", "images/000002-1.png"):
         (folder / name).unlink(missing_ok=True)
     scored.clear()
-    one.run(chunks)
+    one.run(chunks, found_in)
     assert scored == [2, 3] and content(folder) == whole
 
 
@@ -151,9 +149,9 @@ def test_a_chunk_that_fails_leaves_nothing_that_counts(tiny, tmp_path: Path):
 
     folder = tmp_path / "pairs"
     with pytest.raises(RuntimeError):
-        maker(tiny, folder, reward=broken).run([[0, 1], [2, 3]])
+        maker(tiny, folder, reward=broken).run([[0, 1], [2, 3]], found_in)
     assert not (folder / "chunks/000001.json").exists()
-    maker(tiny, folder).run([[0, 1], [2, 3]])
+    maker(tiny, folder).run([[0, 1], [2, 3]], found_in)
     assert finish(folder, 2, 0.0, 0)["kept"] == 4
 
 
@@ -179,20 +177,20 @@ class Doubtful:
 def test_what_gives_no_pair_is_counted(tiny, tmp_path: Path, capsys):
     folder = tmp_path / "pairs"
     one = maker(tiny, folder, Doubtful(SignWorld("train", length=6)))
-    one.run([[0, 1], [1], [2, 3]])
+    one.run([[0, 1], [1], [2, 3]], found_in)
     summary = finish(folder, 3, 0.0, shown=0)
     assert (summary["prompts"], summary["kept"], summary["unscored"]) == (3, 2, 1)
     assert summary["samples_unscored"] == GROUP and "picture" not in summary
     assert "left out record 1: 1.png is truncated" in capsys.readouterr().out
     flat = maker(tiny, tmp_path / "flat", reward=lambda x, b: {"reward": torch.ones(len(x))})
-    flat.run([[2, 3]])
+    flat.run([[2, 3]], found_in)
     with pytest.raises(InputError, match="flat 2"):
         finish(tmp_path / "flat", 1, 0.0, 0)
 
 
 def test_the_margin_filters_at_the_end_and_anew(tiny, tmp_path: Path):
     folder = tmp_path / "pairs"
-    maker(tiny, folder).run([[0, 1, 2, 3]])
+    maker(tiny, folder).run([[0, 1, 2, 3]], found_in)
     margins = sorted(r["margin"] for r in json.loads(
         (folder / "chunks/000000.json").read_text())["rows"])  # fmt: skip
     assert len(margins) == 4 and margins[0] < margins[-1]
@@ -208,7 +206,7 @@ def test_the_margin_filters_at_the_end_and_anew(tiny, tmp_path: Path):
 def test_references_come_with_their_pair(tiny, tmp_path: Path):
     world = SignWorld("train", length=2, tasks={"compose": 1.0})
     folder = tmp_path / "pairs"
-    maker(tiny, folder, world).run([[0, 1]])
+    maker(tiny, folder, world).run([[0, 1]], found_in)
     finish(folder, 1, 0.0, 0)
     record = Pairs(str(folder))[1]
     assert len(record.references) == 2
@@ -218,10 +216,10 @@ def test_references_come_with_their_pair(tiny, tmp_path: Path):
 
 def test_other_settings_are_refused_in_the_same_folder(tmp_path: Path):
     facts = {"model": "abc", "seed": 0, "chunks": "x"}
-    pairs._claim(tmp_path / "pairs", facts)
-    pairs._claim(tmp_path / "pairs", facts)
+    claim(tmp_path / "pairs", facts, "margin")
+    claim(tmp_path / "pairs", facts, "margin")
     with pytest.raises(InputError, match="another seed"):
-        pairs._claim(tmp_path / "pairs", {**facts, "seed": 1})
+        claim(tmp_path / "pairs", {**facts, "seed": 1}, "margin")
 
 
 class Measured:
@@ -255,11 +253,11 @@ def test_a_reward_measures_the_model_once(tiny, tmp_path: Path):
     folder = tmp_path / "pairs"
     first, again = Measured(), Measured()
     one = maker(tiny, folder, reward=first)
-    pairs._calibrate(one, [[0, 1], [2]])
+    calibrate(one, [[0, 1], [2]])
     assert first.seen == [(5, [0]), (5, [1])]
-    pairs._calibrate(maker(tiny, folder, reward=again), [[0, 1], [2]])
+    calibrate(maker(tiny, folder, reward=again), [[0, 1], [2]])
     assert again.seen == [] and again.scale == 0.5
-    one.run([[0, 1]])
+    one.run([[0, 1]], found_in)
     assert finish(folder, 1, 0.0, 0)["kept"] == 2
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import OmegaConf
@@ -22,6 +23,7 @@ from flux2 import distributed
 from flux2.adapters import LoRA
 from flux2.checkpoint import latest_checkpoint, load_checkpoint, write_checkpoint
 from flux2.data.loader import Collator, Loader
+from flux2.data.record import Record
 from flux2.data.signs import SignWorld
 from flux2.engine import Engine
 from flux2.log import Log
@@ -31,8 +33,14 @@ from flux2.optim import LearningRate, TurnAdamW
 from flux2.roles import Roles
 from flux2.types import Batch, RoleSpec, Turn
 from flux2.zero import Sharded, Zero
+from posttrain.advantages import PerReward
+from posttrain.awm import AWM
 from posttrain.axes import Anchor, Clip, FirstSteps
+from posttrain.direct import Direct, LastSteps, OneStep
+from posttrain.dpo import DPO
 from posttrain.grpo import GRPO
+from posttrain.kto import KTO
+from posttrain.nft import NFT
 from posttrain.sft import FlowMatching
 
 LOGGER = OmegaConf.create(
@@ -47,6 +55,43 @@ def smooth(x: Tensor, batch: Batch):
     reward = torch.where(batch.groups % 4 == 1, torch.ones_like(reward), reward)
     reward = torch.where(batch.ids % 7 == 3, torch.full_like(reward, torch.nan), reward)
     return lambda: {"reward": reward.cpu()}
+
+
+def composed(x: Tensor, batch: Batch):
+    """Two rewards of unlike scale, as a composed one tells them."""
+    one = smooth(x, batch)()["reward"]
+    two = 10 * torch.tanh(x[:, 0].mean(1)).cpu()
+    return lambda: {"reward": one + two, "one/reward": one, "two/reward": two}
+
+
+class Slope:
+    """A reward of latents with a gradient; some samples have none."""
+
+    def check_gradient(self) -> None:
+        pass
+
+    def differentiable(self, latents: Tensor, batch: Batch) -> Tensor:
+        reward = torch.tanh(latents.mean((1, 2)) * 5)
+        return torch.where(batch.ids.to(reward.device) % 7 == 3, torch.nan, reward)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Records as pairs: each wins against the target of the one half the world away."""
+
+    world: SignWorld
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.world[index]
+        loser = self.world[(index + len(self) // 2) % len(self)].target
+        assert record.target is not None and loser is not None
+        return replace(record, preference=(record.target, loser, 1.0))
+
+    def bucket_of(self, index: int) -> tuple[int, int, int]:
+        return self.world.bucket_of(index)
 
 
 class TwoTurns:
@@ -93,19 +138,67 @@ def sft():
     return FlowMatching(micro=2, ema=0.9)
 
 
+def dpo():
+    return DPO(beta=10.0, hold=0.3, smoothing=0.1, micro=1, alarm=1e9)
+
+
+def kto():
+    return KTO(beta=10.0, desirable=1.3, micro=1)  # which cuts through pairs
+
+
 def grpo():
     return GRPO(smooth, group=4, steps=3, guidance=1.5, surrogate=Clip(0.05),
                 anchor=Anchor(0.1), chunk=4, updates=2,
                 window=FirstSteps(2))  # fmt: skip
 
 
-CASES = {  # method, LoRA, activation checkpointing
-    "sft-full": (sft, False, False),
-    "sft-lora": (sft, True, True),
-    "grpo-full": (grpo, False, True),
-    "grpo-lora": (grpo, True, False),
-    "turns-full": (TwoTurns, False, False),
-    "turns-lora": (TwoTurns, True, True),
+def nft():
+    return NFT(smooth, group=4, steps=3, guidance=1.5, chunk=4, times=2,
+               anchor=Anchor(0.1, "velocity"))  # fmt: skip
+
+
+def awm():
+    return AWM(composed, group=4, steps=3, chunk=4, times=2, updates=2, advantage=PerReward(),
+               anchor=Anchor(0.1, "velocity", to="ema", decay=0.8))  # fmt: skip
+
+
+def direct():
+    return Direct(Slope(), samples=2, steps=3, guidance=1.5, chunk=2, through=LastSteps(2),
+                  anchor=Anchor(0.1, "velocity"))  # fmt: skip
+
+
+def refl():
+    return Direct(Slope(), samples=2, steps=4, chunk=2, through=OneStep(0.3, 0.9))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, what is trained, and what a batch brings: images, pairs or prompts."""
+
+    build: Callable[[], Any]
+    lora: bool
+    checkpointing: bool
+    data: str = "images"
+
+
+CASES = {
+    "sft-full": Case(sft, False, False),
+    "sft-lora": Case(sft, True, True),
+    "dpo-full": Case(dpo, False, True, "pairs"),
+    "dpo-lora": Case(dpo, True, False, "pairs"),
+    "kto-full": Case(kto, False, False, "pairs"),
+    "kto-lora": Case(kto, True, True, "pairs"),
+    "grpo-full": Case(grpo, False, True, "prompts"),
+    "grpo-lora": Case(grpo, True, False, "prompts"),
+    "nft-full": Case(nft, False, False, "prompts"),
+    "nft-lora": Case(nft, True, True, "prompts"),
+    "awm-full": Case(awm, False, True, "prompts"),
+    "awm-lora": Case(awm, True, False, "prompts"),
+    "direct-full": Case(direct, False, False, "prompts"),
+    "direct-lora": Case(direct, True, True, "prompts"),
+    "refl-lora": Case(refl, True, False, "prompts"),
+    "turns-full": Case(TwoTurns, False, False),
+    "turns-lora": Case(TwoTurns, True, True),
 }
 
 
@@ -141,18 +234,19 @@ def still(engine: Engine) -> None:
 
 
 def run(model: Flux2, kind: str, case: str, folder: Path, steps: int) -> None:
-    build, lora, checkpointing = CASES[case]
+    chosen = CASES[case]
     torch.manual_seed(0)
     model = copy.deepcopy(model)
-    method = build()
-    roles = Roles(method.roles, model, LoRA(3) if lora else None, None, checkpointing, seed=5)
+    method, lora = chosen.build(), LoRA(3) if chosen.lora else None
+    roles = Roles(method.roles, model, lora, None, chosen.checkpointing, seed=5)
     engine = make(kind, roles)
     if case.startswith("turns"):
         still(engine)
     world = SignWorld("train", length=12, tasks={"t2i": 0.5, "recolour": 0.5})
-    rollout = case.startswith("grpo")
+    rollout = chosen.data == "prompts"
     collate = Collator(model, latents=not rollout, unconditional=rollout)
-    data = Loader(world, collate, 4, seed=4, caption_dropout=0.3)
+    records = Judged(world) if chosen.data == "pairs" else world
+    data = Loader(records, collate, 4, seed=4, caption_dropout=0.3)
     folder.mkdir(parents=True, exist_ok=True)
     found = latest_checkpoint(folder / "checkpoints")
     if found is not None:

@@ -9,7 +9,16 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from flux2 import flow
-from flux2.analytic import ConditionalGaussian, Gaussian, GaussianPolicy, Mixture, toy_condition
+from flux2.analytic import (
+    AffinePolicy,
+    ConditionalGaussian,
+    Gaussian,
+    GaussianPolicy,
+    Mixture,
+    MixturePolicy,
+    toy_condition,
+)
+from flux2.schedule import Linear
 from flux2.types import Condition
 
 EXACT = {"atol": 1e-10, "rtol": 0}
@@ -183,3 +192,34 @@ def test_policy_is_a_trainable_gaussian():
     torch.testing.assert_close(policy(X[:, :1, :2], T), policy.law(X[:, :1, :2], T), **EXACT)
     frozen = GaussianPolicy(torch.zeros(1, 2))
     assert [n for n, p in frozen.named_parameters() if p.requires_grad] == ["mean"]
+
+
+def test_tilted_laws_are_the_law_times_an_exponential():
+    """log p(x) − log p_ref(x) − (slope·x − curvature/2·‖x‖²) is one number, whatever x."""
+    slope, flat = draw(2, 3, seed=11), torch.zeros(5, dtype=torch.float64)
+    want = (slope * X).sum((1, 2))
+    laws = (GAUSSIAN.tilted(slope, 0.8), GAUSSIAN)
+    parts = [torch.distributions.Normal(g.mean, float(g.std)).log_prob(X).sum((1, 2)) for g in laws]
+    rest = parts[0] - parts[1] - want + 0.4 * X.square().sum((1, 2))
+    torch.testing.assert_close(rest, rest[:1].expand(5), **EXACT)
+    tilted = MIXTURE.tilted(slope.flatten())
+    rest = tilted.log_density(X, flat) - MIXTURE.log_density(X, flat) - want
+    torch.testing.assert_close(rest, rest[:1].expand(5), **EXACT)
+
+
+def test_a_mixture_policy_starts_as_its_law_and_learns_all_of_it():
+    policy = MixturePolicy(MIXTURE)
+    v = policy(X, T)
+    torch.testing.assert_close(v, MIXTURE(X, T), **EXACT)
+    v.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters())
+
+
+def test_an_affine_policy_starts_as_a_gaussian_on_its_grid():
+    grid = Linear()(4, 1)
+    policy = AffinePolicy(GAUSSIAN.mean, 0.7, grid)
+    times = torch.tensor([0.5, 1.0, 0.25, 0.75, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(policy(X, times), GAUSSIAN(X, times), **EXACT)
+    policy(X, times).sum().backward()
+    assert policy.slope.grad is not None and policy.slope.grad.shape == (4, 1, 1)
+    assert policy.offset.grad is not None and policy.offset.grad.shape == (4, 2, 3)

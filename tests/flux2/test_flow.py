@@ -12,7 +12,20 @@ from torch.distributions import Normal, kl_divergence
 from flux2 import flow
 from flux2.analytic import Gaussian
 from flux2.errors import InputError
-from flux2.flow import CPS, DanceSDE, FlowSDE, LogitNormal, Mode, Transition, Uniform
+from flux2.flow import (
+    CPS,
+    CosMap,
+    CosMapWeighting,
+    DanceSDE,
+    FlowSDE,
+    InversePower,
+    LogitNormal,
+    MinSNR,
+    Mode,
+    Transition,
+    Uniform,
+    Unweighted,
+)
 from flux2.schedule import EmpiricalShift, Grid, Linear
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -132,7 +145,9 @@ def test_mode_density(scale):
 
 
 @pytest.mark.parametrize(
-    "law", [Uniform(), Uniform(5.0), LogitNormal(), LogitNormal(2, 2, 0.1), Mode(), Mode(-0.5, 3)]
+    "law",
+    [Uniform(), Uniform(5.0), LogitNormal(), LogitNormal(2, 2, 0.1), Mode(), Mode(-0.5, 3),
+     CosMap(), CosMap(3.0)],
 )
 def test_times_stay_usable_at_the_ends(law):
     t = law(torch.tensor([0.0, 2.0**-24, 1 - 2.0**-24]))
@@ -145,6 +160,76 @@ def test_bad_densities():
             LogitNormal(**bad)
     with pytest.raises(InputError, match="shift"):
         Uniform(-1.0)
+
+
+def test_cosmap_is_sd3s_map():
+    """t = 1 − 1/(tan(π·u/2) + 1); the density 2/(π·(1 − 2t + 2t²)) has the distribution function
+    ½ + (2/π)·arctan(2t − 1)."""
+    t = CosMap()(U)
+    torch.testing.assert_close(t, 1 - 1 / (torch.tan(math.pi / 2 * U) + 1), **EXACT)
+    torch.testing.assert_close(0.5 + 2 / math.pi * torch.atan(2 * t - 1), U, **EXACT)
+    odds, shifted = t / (1 - t), CosMap(3.0)(U)
+    torch.testing.assert_close(shifted / (1 - shifted), 3 * odds, atol=1e-9, rtol=1e-9)
+
+
+# -- weightings ------------------------------------------------------------------------------------
+
+
+def test_weightings_are_diffusers_own():
+    from diffusers.training_utils import compute_loss_weighting_for_sd3 as sd3
+
+    t = torch.linspace(0.001, 1, 1000)
+    torch.testing.assert_close(InversePower(2.0, 0.001)(t), sd3("sigma_sqrt", t))
+    torch.testing.assert_close(CosMapWeighting()(t), sd3("cosmap", t))
+    torch.testing.assert_close(Unweighted()(t), sd3("none", t))
+
+
+@pytest.mark.parametrize("moment", [1, 2, 5])
+def test_a_weighting_is_a_density(moment: int):
+    """E_u[f(t)] under density=cosmap is E_u[w·f(t)] under uniform times and weighting=cosmap."""
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    drawn = (CosMap()(u) ** moment).mean()
+    weighed = (CosMapWeighting()(u) * u**moment).mean()
+    assert weighed.item() == pytest.approx(drawn.item(), rel=1e-7)
+    assert abs(drawn - (u**moment).mean()) > 1e-3 or moment == 1  # both are symmetric
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0, math.inf])
+def test_min_snr_is_the_clipped_loss_of_x0(gamma: float):
+    """min(SNR, γ)·‖x̂0 − x0‖² of a wrong velocity, with x̂0 by its own formula."""
+    x0, eps, t = points()
+    x, v = flow.interpolate(x0, eps, t), flow.target_velocity(x0, eps)
+    wrong = v + draw(6, 3, 4, seed=5)
+    found = flow.x0_from_velocity(x, wrong, t)
+    want = (((1 - t) / t) ** 2).clamp(max=gamma) * (found - x0).square().mean((1, 2))
+    torch.testing.assert_close(MinSNR(gamma)(t) * (wrong - v).square().mean((1, 2)), want, **EXACT)
+    if gamma == math.inf:  # the loss of ε
+        of = (flow.eps_from_velocity(x, wrong, t) - eps).square().mean((1, 2))
+        torch.testing.assert_close(want, of, **EXACT)
+
+
+def test_inverse_weights_are_clamped():
+    t = torch.tensor([1e-6, 0.05, 0.1, 0.5, 1.0], dtype=torch.float64)
+    want = torch.tensor([20.0, 20.0, 10.0, 2.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(InversePower(1.0, 0.05)(t), want, **EXACT)
+    for wrong in ({"power": math.inf}, {"floor": 0.0}, {"floor": 2.0}):
+        with pytest.raises(InputError, match="inverse weighting"):
+            InversePower(**wrong)
+    with pytest.raises(InputError, match="min-SNR"):
+        MinSNR(0.0)
+
+
+# -- guidance --------------------------------------------------------------------------------------
+
+
+def test_guidance_of_each_sample_and_its_undoing():
+    v_c, v_u, _ = points()
+    scale = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0, 7.5], dtype=torch.float64)
+    got = flow.guide(v_c, v_u, scale)
+    for k, g in enumerate(scale.tolist()):
+        torch.testing.assert_close(got[k], (1 - g) * v_u[k] + g * v_c[k], **EXACT)
+    assert torch.equal(got[1], v_u[1] + (v_c[1] - v_u[1]))
+    torch.testing.assert_close(flow.unguide(got, v_u, scale), v_c, **EXACT)
 
 
 # -- transitions -----------------------------------------------------------------------------------

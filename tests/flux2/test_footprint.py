@@ -10,14 +10,28 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import run  # noqa: F401  (registers what conf/ interpolates)
-from benchmarks.memory import CASES, case, configuration, cpu_peak
+from benchmarks.memory import (
+    CASES,
+    SHAPES,
+    batch_of,
+    case,
+    configuration,
+    cpu_peak,
+    own_passes,
+    update,
+)
 from flux2 import adapters
+from flux2.engine import Engine as Training
 from flux2.errors import InputError
 from flux2.footprint import Engine, Footprint, engine_of
 from flux2.model import load_model
+from flux2.optim import LearningRate
+from flux2.roles import Roles
+from flux2.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
 ZERO = Engine("deepspeed", 1, half=True, bucket=1000)
@@ -57,6 +71,88 @@ def test_prediction_and_allocator_agree_within_15_percent(name: str) -> None:
     cfg = configuration("18m", "engine.device=cpu", *CASES[name])
     row = case(name, cfg, 128, torch.device("cpu"))
     assert abs(row.error) < 0.15 and abs(row.passing_error) < 0.15, row
+
+
+class Brightness:
+    """A reward of the pixels alone: what the plan counts, and nothing else."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.model = load_model(cfg.model, torch.device("cpu"))
+
+    def check_gradient(self) -> None:
+        """It has one."""
+
+    def differentiable(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        images = (self.model.codec.decode_float(x, batch.grid) / 2 + 0.5).clamp(0, 1)
+        return images.square().mean((1, 2, 3))
+
+
+def followed(*overrides: str) -> tuple[int, int]:
+    """(predicted, measured) bytes of an update of stage=direct; 18M parameters at 128², two samples
+    of four guided steps."""
+    double, single, heads = SHAPES["18m"]
+    shape = "model.architecture.transformer"
+    cfg = composed(
+        "stage=direct", "model=nano-scratch", "model.attention=null", "model.dtype=bf16",
+        "model.max_sequence_length=64", "data.batch_size=2", "method.samples=1", "method.chunk=2",
+        "method.steps=4", "engine.device=cpu", "evaluation=none",
+        f"{shape}.num_layers={double}", f"{shape}.num_single_layers={single}",
+        f"{shape}.num_attention_heads={heads}", f"{shape}.attention_head_dim=128",
+        f"{shape}.axes_dims_rope=[32,32,32,32]", *overrides,
+    )  # fmt: skip
+    footprint = Footprint(cfg, False, (128, 128, 0), brief=True)
+    found = footprint.predict(Engine("none"), 1, cfg.engine.checkpointing)
+    score = Brightness(cfg)
+    method = instantiate(cfg.method, _convert_="all", score=score)
+    lora = None if cfg.adapter is None else instantiate(cfg.adapter, _convert_="all")
+    roles = Roles(method.roles, score.model, lora, torch.bfloat16, cfg.engine.checkpointing)
+    named = {name: roles.parameters(name) for name in roles.trainable}
+    optimizer = instantiate(cfg.optim.optimizer, _convert_="all", roles=named)
+    for p in named["policy"].values():  # states as after a first update, without its pass
+        p.grad = torch.zeros_like(p)
+    optimizer.active = "policy"
+    optimizer.step()
+    for p in named["policy"].values():
+        p.grad = None
+    batch = batch_of(cfg, score.model, 128)
+    assert batch.cond is not None
+    batch = replace(batch, x0=None, cond=replace(batch.cond, null=batch.cond))
+    engine = Training(roles, optimizer, LearningRate(), 1.0)
+    return own_passes(found.passing), cpu_peak(lambda: update(engine, method, batch))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("adapter=lora",),
+        # A larger autoencoder, whose graph outweighs the transformer's.
+        ("adapter=lora", "engine.checkpointing=true", "model.architecture.vae.block_out_channels="
+         "[32,32,64,64]"),
+        pytest.param(
+            ("adapter=lora", "method.through.count=2", "anchor=velocity"), marks=pytest.mark.slow
+        ),
+        pytest.param(("through=align",), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_reward_that_is_followed_is_predicted_within_5_percent(overrides) -> None:
+    predicted, measured = followed(*overrides)
+    assert abs(predicted / measured - 1) < 0.05, (predicted, measured)
+
+
+def test_what_a_reward_holds_is_named_and_not_counted() -> None:
+    direct = Footprint(composed("stage=direct"), cuda=False)
+    assert direct.uncounted == (
+        "networks of the reward (SpellingReward) and their graph, which the gradient comes through"
+    )
+    several = Footprint(composed("stage=nft", "reward=mixed"), cuda=False)
+    assert several.uncounted == "networks of the reward (OCRReward, SignReward)"
+    assert Footprint(composed("stage=sft"), cuda=False).uncounted is None
+
+
+def test_data_that_is_not_there_yet_has_its_largest_size() -> None:
+    cfg = composed("stage=sft", "data=folder", "data.dataset.path=nowhere",
+                   "data.dataset.sizes=[[64,64],[96,112],[128,80]]")  # fmt: skip
+    assert Footprint(cfg).size == (96, 112, 0)
 
 
 def test_lora_is_counted_as_peft_makes_it(tiny_config) -> None:

@@ -26,6 +26,7 @@ from flux2.lineage import (
     export_manifest,
     find_init,
     licence_note,
+    manifests_of,
     provenance,
     resolve_init,
     result_role,
@@ -355,3 +356,23 @@ def test_rewards_of_a_manifest_that_names_none(tmp_path: Path):
         write_json(tmp_path / name / MANIFEST, {"id": name, "parents": [], **facts})
     assert rewards_of(tmp_path / "null") == [] and rewards_of(tmp_path / "old") == []
     assert rewards_of(tmp_path / "two") == ["a", "b"]
+
+
+def test_what_manifests_say_is_read_without_weights(tmp_path: Path, monkeypatch):
+    """An export of a large model takes minutes to hash, and a run asks at its start for its
+    ancestors' rewards, and for their base."""
+    a = make(tmp_path / "a", rewards=["judge(v=1)"])
+    b = make(tmp_path / "b", export(a, tmp_path / "exported"), rewards=["ocr(v=2)"])
+    cfg = config(tmp_path / "c", b.path)
+    init = init_of(b)
+
+    def hashed(weights: Path) -> str:
+        raise AssertionError(f"{weights} was read")
+
+    monkeypatch.setattr("flux2.lineage._hash", hashed)
+    assert rewards_of(b.path) == ["ocr(v=2)", "judge(v=1)"]
+    assert [m["id"] for m in manifests_of(b.path)][::2] == [b.manifest["id"], a.manifest["id"]]
+    check_lineage(cfg, init, base_hash="0123456789abcdef")
+    assert "other weights" in refused(cfg, init, base_hash="f" * 16)
+    with pytest.raises(AssertionError, match="was read"):
+        ancestry(b.path)

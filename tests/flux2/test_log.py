@@ -11,8 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from flux2 import distributed
 from flux2.errors import InputError
-from flux2.log import TILE, Log, curve, grid, table
+from flux2.log import TILE, Log, curve, grid, progress, table
 
 
 def config(**more):
@@ -118,6 +119,34 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, capsys, monkeypatch):
     assert out == "noise floor 1e-6\n"
 
 
+def test_long_work_says_how_far_it_is(capsys, monkeypatch):
+    """Of 10 chunks of 4 samples, 12 s each: a line at the first end of a chunk after 30 s."""
+    clock = [0.0]
+    monkeypatch.setattr("flux2.log.time.monotonic", lambda: clock[0])
+    seen = []
+    for chunk in progress(iter([range(4)] * 10), "evaluating", 40, len):
+        seen.append(chunk)
+        clock[0] += 12
+    assert seen == [range(4)] * 10
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating 12/40 · left 01:24", "evaluating 24/40 · left 00:48",
+        "evaluating 36/40 · left 00:12",
+    ]  # fmt: skip
+    for _ in progress(range(3), "short", 3):
+        clock[0] += 9
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    for _ in progress(range(9), "another rank's", 9):
+        clock[0] += 12
+    assert capsys.readouterr().err == ""
+
+
+def test_long_work_has_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert list(progress([3, 1], "evaluating", 4, lambda n: n)) == [3, 1]
+    assert "evaluating" in capsys.readouterr().err
+
+
 def test_unknown_wandb_mode_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"logger\.wandb=maybe"):
         Log(tmp_path, config(wandb="maybe"), 1)
@@ -168,6 +197,7 @@ def test_table():
     assert table(["metric", "before", "after"], [["ocr", 0.4, 0.5125], ["n", 400, 400]]) == (
         "metric  before  after\n─────────────────────\nocr      0.400  0.512\nn          400    400"
     )
+    assert table(["a", "b"], [["x", 1]], rule=False) == "a  b\nx  1"
     with pytest.raises(ValueError, match="2 cells"):
         table(["a", "b"], [["x"]])
 

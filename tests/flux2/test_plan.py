@@ -116,6 +116,40 @@ def test_wrong_input_is_one_line(overrides: tuple[str, ...], says: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+class Flat(Footprint):
+    """A footprint of 10 GiB whatever is asked."""
+
+    def predict(self, engine: Engine, ranks: int, checkpointing: bool) -> Prediction:
+        return Prediction({"weights": 10 * GIB}, {"pass": 0}, {})
+
+
+def test_what_is_not_counted_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flux2.plan.Footprint", Flat)
+    summary = plan(composed("stage=plan", "plan=direct", "plan.gpus=1", f"run.dir={tmp_path}"))
+    out = capsys.readouterr().out
+    assert "  not counted: networks of the reward (SpellingReward) and their graph" in out
+    assert "SpellingReward" in summary["not_counted"] and summary["method"] == "Direct"
+    summary = plan(composed("stage=plan", "plan.gpus=1", f"run.dir={tmp_path}"))
+    assert "not counted" not in capsys.readouterr().out and summary["not_counted"] is None
+
+
+def test_the_line_at_a_start_says_that_rewards_come_to_it() -> None:
+    text = line(composed("stage=direct", "adapter=lora", "evaluation=none"))
+    assert text.startswith("memory: ") and text.endswith(", the reward's networks aside")
+    assert "for the pass of policy" in text
+
+
+def test_a_recipe_is_planned_as_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its overrides win over the stage's defaults, and stage=plan over its own stage."""
+    monkeypatch.setattr("flux2.plan.Footprint", Sized)
+    cfg = composed("stage=plan", "plan=dpo", "experiment=klein/dpo-full", f"run.dir={tmp_path}")
+    assert (cfg.stage.name, cfg.recipe.stage) == ("plan", "dpo")
+    assert cfg.engine.name == "zero2" and cfg.adapter is None and cfg.method.micro == 8
+    assert plan(cfg)["size"] == [512, 512, 0]  # of pairs that are not made yet
+
+
 def test_data_without_a_path_can_be_planned_by_size(tmp_path: Path) -> None:
     cfg = composed("stage=plan", "data=folder", "plan.height=64", "plan.gpus=1",
                    f"run.dir={tmp_path}", "data.batch_size=2")  # fmt: skip

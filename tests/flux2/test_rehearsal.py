@@ -13,6 +13,7 @@ from flux2.rehearsal import rehearse
 from flux2.rng import Rng
 from posttrain.autoencoder import AutoencoderTraining
 from posttrain.axes import Anchor
+from posttrain.direct import Direct, DirectAlign, LastSteps
 from posttrain.grpo import GRPO
 from posttrain.nft import NFT
 from posttrain.sft import FlowMatching
@@ -53,6 +54,27 @@ def test_grpo_trains_through_guidance_and_measures_its_floor_with_gradients() ->
     assert found.micros["policy"] == 2 * 3  # chunks × steps of the window
     plain = rehearse(lambda score: GRPO(score, group=4, chunk=4, steps=6), 2, **RL)
     assert plain.turns["policy"] == (Call(4, True, "trained"),)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_direct_samples_once_without_gradients_then_with_and_decodes(guidance: float) -> None:
+    rows = 4 if guidance == 1 else 8
+
+    def make(score: Any) -> Direct:
+        anchor = Anchor(0.1, "velocity")
+        return Direct(score, chunk=4, steps=9, guidance=guidance, through=LastSteps(2),
+                      anchor=anchor)  # fmt: skip
+
+    found = rehearse(make, 8, **RL)
+    assert found.turns["policy"] == (
+        Call(rows, False, "trained"), Call(rows, True, "trained"), Call(rows, True, "trained"),
+        Call(4, True, "decoder"), Call(4, True, "trained"), Call(4, False, "frozen"),
+    )  # fmt: skip
+    assert found.micros == {"policy": 2} and not found.collected and not found.decoded
+    aligned = rehearse(lambda score: Direct(score, chunk=4, through=DirectAlign()), 8, **RL)
+    assert aligned.turns["policy"] == (
+        Call(4, False, "trained"), Call(4, True, "trained"), Call(4, True, "decoder"),
+    )  # fmt: skip
 
 
 def test_an_autoencoder_is_told_apart() -> None:

@@ -398,6 +398,6 @@ def test_configured(name: str) -> None:
     assert families(judge.engine) == {"vlm:Qwen/Qwen3-VL [test]"}
     image = Picture(np.zeros((4, 4, 3), np.uint8))
     question = pointwise(judge.rubrics["blue"], judge.scale, judge.reason, "a cat", image)
-    request = json.loads(judge.model._body(question))
+    request = json.loads(judge.model._asking(question))
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
     judge.close()

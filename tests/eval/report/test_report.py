@@ -426,6 +426,30 @@ def test_tables_for_papers(two: list[str]) -> None:
     assert len({line.replace("\\|", "").count("|") for line in lines[:6]}) == 1
 
 
+def test_a_run_that_is_not_comparable_is_told_in_one_line(two: list[str], tmp_path: Path) -> None:
+    odd = evaluation("odd", 0.9, changed={"engine": "reader(2)"}, aggregate=False)
+    save(tmp_path / "odd", odd, images=False)
+    alike = numbers(open_runs([two[0], str(tmp_path / "odd")], None), Settings())
+    for text, head in ((text_tables(alike), "odd against before: "), (markdown(alike), "")):
+        [line] = [x for x in text.splitlines() if "comparable" in x]
+        assert line == (
+            f"{head}nothing is comparable (exact, cer, vague: scored by reader(2) instead of "
+            "reader(1); fid: odd has no value: not among its metrics)"
+        )
+        assert "verdict" not in text and "not compared" not in text.split("\n- ")[0]
+    assert "sign-flip" not in text_tables(alike)
+    entries = open_runs([*two, str(tmp_path / "odd")], None)
+    both = numbers([replace(e, evaluation=without_fid(e.evaluation)) for e in entries], Settings())
+    text = text_tables(both)
+    assert "nothing is comparable: scored by reader(2) instead of reader(1)" in text
+    assert "verdict" in text and "sign-flip" in text  # the other run's
+
+
+def without_fid(found: Evaluation) -> Evaluation:
+    prints = {k: f for k, f in found.results.fingerprints.items() if k != "fid"}
+    return replace(found, results=replace(found.results, aggregates=(), fingerprints=prints))
+
+
 # ---------------------------------------------------------------- the stage
 
 
@@ -499,3 +523,27 @@ def test_wandb_offline_gets_both_tables_with_images(
 
 def _is_png(path: Path) -> bool:
     return path.is_file() and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_seeds_of_a_method_share_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "runs" / "base", evaluation("base", 0.4), images=False)
+    for seed, level in enumerate((0.6, 0.9)):
+        save(tmp_path / "runs" / f"nft-{seed}", evaluation(f"nft-{seed}", level), images=False)
+    (tmp_path / "runs" / "unfinished").mkdir()
+    folder = tmp_path / "out"
+    report(composed(
+        folder, f"runs=['{tmp_path}/runs/*']", "page.seeds='(.+)-[0-9]+'", "page.columns=[exact]"
+    ))  # fmt: skip
+    rows = [x.split("|")[1:4] for x in (folder / "methods.md").read_text().splitlines()]
+    assert [[c.strip() for c in row[:2]] for row in rows[2:]] == [["base", "1"], ["nft", "2"]]
+    assert "nft" in capsys.readouterr().out
+    stored = json.loads((folder / "report.json").read_text())["methods"][1]["metrics"]["exact"]
+    means = []
+    for name in ("nft-0", "nft-1"):
+        [entry] = open_runs([str(tmp_path / "runs" / name)], None)
+        values = [s.value for s in entry.results.scores if s.metric == "exact"]
+        known = [v for v in values if not math.isnan(v)]
+        means.append(sum(known) / len(known))
+    assert stored["mean"] == pytest.approx(sum(means) / 2)
+    with pytest.raises(InputError, match="fits no run"):
+        open_runs([f"{tmp_path}/none*"], None)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.sets.reference import Reference, Statistics, read_image
+from eval.images import read_image
+from eval.sets.reference import Reference, Statistics
 from flux2.data.record import Record, UnreadableRecord
 from flux2.data.signs import SignWorld
 from flux2.errors import InputError

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from flux2.data.loader import Collator, Loader, stack_images
+from flux2.adapters import Switch
+from flux2.data.cache import RowCache
+from flux2.data.difficulty import Resampled
+from flux2.data.loader import Collator, Loader, check_group_lengths, stack_images, trimmed
+from flux2.data.mixture import Mixture, Reconstruction
 from flux2.data.record import UnreadableRecord
 from flux2.data.signs import SignWorld
 from flux2.errors import InputError
 from flux2.latents import grid_ids, reference_ids
+from flux2.nano import build_text_encoder, build_tokenizer
+from flux2.roles import VelocityRole
+from flux2.samplers import guided
+from flux2.text import TextEncoder
+from tests.flux2.data.toys import Told
 
 
 @dataclass(frozen=True)
@@ -134,3 +145,211 @@ def test_a_batch_without_any_readable_record_is_refused(tiny):
 def test_a_wrong_dropout_is_refused(tiny):
     with pytest.raises(InputError, match="caption_dropout"):
         Loader(SignWorld("train", length=4), Collator(tiny), 2, 0, caption_dropout=1.5)
+
+
+# ---------------------------------------------------------------- captions
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Signs with a caption besides the prompt, and every third with another one."""
+
+    world: SignWorld
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def __getitem__(self, index: int):
+        record = self.world[index]
+        captions = {"short": f"sign {index}"} | ({"user": "pls"} if index % 3 == 0 else {})
+        return replace(record, meta={**record.meta, "captions": captions})
+
+    def bucket_of(self, index: int):
+        return self.world.bucket_of(index)
+
+
+def test_captions_are_drawn_by_seed_step_and_sample(tiny):
+    data, collate = Captioned(SignWorld(length=32)), Collator(tiny, latents=False)
+
+    def loader(seed: int = 0, **more) -> Loader:
+        return Loader(data, collate, 8, seed, captions={"prompt": 1.0, "short": 1.0}, **more)
+
+    batches = [loader()(step) for step in range(12)]
+    kinds = Counter(m["caption"] for b in batches for m in b.meta)
+    assert kinds.total() == 96 and 30 < kinds["short"] < 66
+    for batch in batches:
+        for group, prompt, meta in zip(batch.groups.tolist(), batch.prompts, batch.meta,
+                                       strict=True):  # fmt: skip
+            want = data.world[group].prompt if meta["caption"] == "prompt" else f"sign {group}"
+            assert prompt == want
+        torch.testing.assert_close(batch.cond.text, tiny.text(batch.prompts))
+    again = loader()
+    assert [again(s).prompts for s in (7, 3)] == [batches[7].prompts, batches[3].prompts]
+    assert loader(seed=1)(0).prompts != batches[0].prompts
+    patterns = {tuple(m["caption"] for m in b.meta) for b in batches}
+    assert len(patterns) > 6  # not one for all steps
+    plain = Loader(data, collate, 8, 0)(0)
+    assert plain.prompts == tuple(data.world[i].prompt for i in plain.groups.tolist())
+
+
+def test_cached_captions_are_those_that_were_drawn(tiny, tmp_path):
+    data, weights = Captioned(SignWorld(length=12)), {"prompt": 1.0, "short": 1.0, "user": 1.0}
+    cache = RowCache(tmp_path, "key", len(data))
+    loader = Loader(data, Collator(tiny, cache=cache), 4, 0, captions=weights)
+    fresh = Loader(data, Collator(tiny), 4, 0, captions=weights)
+    for step in range(9):  # what one step has put there, another finds
+        got, want = loader(step), fresh(step)
+        assert got.prompts == want.prompts
+        torch.testing.assert_close(got.cond.text, want.cond.text, atol=2e-3, rtol=1e-2)
+
+
+def test_filling_encodes_every_caption(tiny, tmp_path, monkeypatch):
+    data, weights = Captioned(SignWorld(length=6)), {"prompt": 1.0, "user": 1.0, "long": 0.0}
+    cache = RowCache(tmp_path, "key", len(data))
+    loader = Loader(data, Collator(tiny, cache=cache), 3, 0, captions=weights)
+    loader.fill()
+
+    class Freed(TextEncoder):
+        def __init__(self) -> None:
+            vars(self).update(vars(tiny.text) | {"encoder": None, "_seen": {}})
+
+    freed = copy.copy(tiny)
+    freed.text = Freed()
+    late = Loader(data, Collator(freed, cache=cache), 3, 0, captions=weights)
+    assert {m["caption"] for step in range(8) for m in late(step).meta} == {"prompt", "user"}
+
+
+def test_wrong_weights_of_captions_are_refused(tiny):
+    with pytest.raises(InputError, match=r"data\.captions"):
+        Loader(SignWorld(length=4), Collator(tiny), 2, 0, captions={"short": -1.0})
+
+
+# ---------------------------------------------------------------- padding
+
+
+@pytest.fixture(params=["right", "left"])
+def hiding(request, tiny):
+    """A model that hides padding, and a transformer that reads its features: klein's text is
+    padded on the right, dev's on the left."""
+    text = copy.copy(tiny.text)
+    if request.param == "left":
+        eye = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+               "num_attention_heads": 1, "head_dim": 16, "image_size": 28,
+               "patch_size": 14}  # fmt: skip
+        body = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 32,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+                "sliding_window": None}  # fmt: skip
+        tokenizer = build_tokenizer(40, "mistral3")
+        config = {"model_type": "mistral3", "text_config": body, "vision_config": eye}
+        text = TextEncoder(build_text_encoder(config, len(tokenizer), 0), tokenizer, 40)
+    text.max_length, text.mask_padding, text._seen = 40, True, {}
+    model = copy.copy(tiny)
+    model.text = text
+    return model
+
+
+def velocity(model) -> VelocityRole:
+    return VelocityRole(model.transformer, Switch(model.transformer), None, None)
+
+
+def test_cutting_hidden_padding_changes_no_velocity(hiding, monkeypatch):
+    data = SignWorld(length=6, tasks={"move": 1.0})
+    records = [data[i] for i in range(6)]
+
+    def batch():
+        return Collator(hiding, unconditional=True)(records, torch.arange(6), [False, True] * 3)
+
+    short = batch()
+    monkeypatch.setattr("flux2.data.loader.trimmed", lambda *masks: slice(None))
+    whole = batch()
+    assert whole.cond.text.shape[1] == 40
+    longest = int(hiding.text.mask(["", *(r.prompt for r in records[::2])]).sum(1).max())
+    assert short.cond.text.shape[1] == longest < 40
+    # Tokens keep the places that they had.
+    places = short.cond.text_ids[0, :, 3].tolist()
+    assert places == (list(range(longest)) if hiding.text.family == "qwen3"
+                      else list(range(40 - longest, 40)))  # fmt: skip
+    x, t = torch.randn(6, 16, 128, generator=torch.Generator().manual_seed(0)), torch.rand(6)
+    for scale in (1.0, 3.0):
+        role = guided(velocity(hiding), scale)
+        with torch.no_grad():
+            a, b = role(x, t, short.cond), role(x, t, whole.cond)
+        assert b.std() > 0.01
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_padding_that_takes_part_is_not_cut_and_may_not_be(hiding):
+    hiding.text.mask_padding = False
+    data = SignWorld(length=3)
+    batch = Collator(hiding)([data[i] for i in range(3)], torch.arange(3))
+    assert batch.cond.text.shape[1] == 40 and batch.cond.mask is None
+    keep = trimmed(hiding.text.mask(batch.prompts))
+    cut = replace(batch.cond, text=batch.cond.text[:, keep], text_ids=batch.cond.text_ids[:, keep])
+    x, t = torch.randn(3, 16, 128, generator=torch.Generator().manual_seed(0)), torch.rand(3)
+    with torch.no_grad():
+        a, b = (velocity(hiding)(x, t, c) for c in (cut, batch.cond))
+    assert (a - b).abs().max() > 1e-3  # another model
+
+
+def test_grouped_lengths_cut_more(hiding):
+    metas = [{"prompt": "red " * (1 + 5 * (i % 4))} for i in range(64)]
+    data = Told(metas, (64,))
+    collate = Collator(hiding, latents=False)
+
+    def tokens(grouped: bool) -> int:
+        loader = Loader(data, collate, 4, 0, group_lengths=grouped)
+        batches = [loader(step) for step in range(16)]
+        assert Counter(i for b in batches for i in b.groups.tolist()) == Counter(range(64))
+        return sum(b.cond.text[..., 0].numel() for b in batches)
+
+    assert tokens(True) < 0.85 * tokens(False)
+
+
+def test_grouping_lengths_without_hidden_padding_is_refused(tiny):
+    with pytest.raises(InputError, match="mask_padding"):
+        Loader(SignWorld(length=4), Collator(tiny), 2, 0, group_lengths=True)
+    with pytest.raises(InputError, match="mask_padding"):
+        check_group_lengths(False)
+    check_group_lengths(True)
+
+
+# ---------------------------------------------------------------- datasets over datasets
+
+
+def test_a_mixtures_rows_in_a_cache_are_its_own(tiny, tmp_path):
+    worlds = [SignWorld(length=4, seed=k) for k in range(3)]
+    parts = {"a": worlds[0], "b": worlds[1], "again": Reconstruction(worlds[2])}
+    data = Mixture({n: {"dataset": d, "weight": 1.0} for n, d in parts.items()})
+    cache = RowCache(tmp_path, "key", len(data))
+    cached, fresh = (Loader(data, Collator(tiny, cache=c), 2, 0) for c in (cache, None))
+    cached.fill()
+    seen: set[int] = set()
+    for step in range(12):
+        got, want = cached(step), fresh(step)
+        seen.update(want.groups.tolist())
+        assert torch.equal(got.groups, want.groups) and got.prompts == want.prompts
+        torch.testing.assert_close(got.x0, want.x0, atol=5e-3, rtol=5e-3)
+        if got.cond.ref is not None:
+            torch.testing.assert_close(got.cond.ref, got.x0, atol=5e-3, rtol=5e-3)
+    assert seen == set(range(12))
+
+
+def test_scores_go_to_data_that_resample_and_survive_a_resume(tiny):
+    def loader() -> Loader:
+        return Loader(Resampled(SignWorld(length=8)), Collator(tiny, latents=False), 4, 0)
+
+    one = loader()
+    ids = torch.tensor([1, 1, 2, 2])
+    assert one.observe(ids, torch.tensor([0.0, 1.0, 0.0, 0.0]))["prompts_seen"] == 0.25
+    two = loader()
+    fresh = [two(s).groups.tolist() for s in range(20)]
+    two.load_state_dict(one.state_dict())
+    later = [two(s).groups.tolist() for s in range(20)]
+    assert later == [one(s).groups.tolist() for s in range(20)] != fresh
+    plain = Loader(SignWorld(length=8), Collator(tiny), 4, 0)
+    assert plain.observe(ids, torch.zeros(4)) == {} == plain.state_dict()
+    plain.load_state_dict({})
+    with pytest.raises(InputError, match="did not resample"):
+        two.load_state_dict({})
+    with pytest.raises(InputError, match="this does not"):
+        plain.load_state_dict(one.state_dict())

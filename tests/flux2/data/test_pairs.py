@@ -322,3 +322,33 @@ def test_its_configuration_builds_it(images: Path):
         build(cfg.dataset)
     cfg.dataset.path = str(images)
     assert len(build(cfg.dataset)) == 1
+
+
+def test_imagerewarddbs_own_folders(images: Path):
+    """As the hub has it: a row an image, which lies beside its json."""
+    rows = [
+        {"image_path": f"images/train/train_1/{name}", "prompt_id": key, "prompt": f"p {key}",
+         "classification": "People", "image_amount_in_total": 2, "rank": rank, "overall_rating": 4}
+        for name, key, rank in (("a.png", "x", 3), ("b.png", "y", 1), ("c.png", "x", 1),
+                                ("a.png", "y", 1))
+    ]  # fmt: skip
+    (images / "train_1.json").write_text(json.dumps(rows))
+    data = Pairs(str(images), layout="imagereward")
+    assert len(data) == 1 and data.left_out == {"tie": 1}
+    assert (data[0].preference[0] == BLUE).all() and (data[0].preference[1] == RED).all()
+    assert data[0].preference[2] == 2.0 and data[0].meta == {"id": "x"} and data[0].prompt == "p x"
+    rows[0]["rank"] = None
+    (images / "train_1.json").write_text(json.dumps(rows))
+    refused("row 1.*ranking", str(images), layout="imagereward")
+
+
+def test_pickapics_splits_are_not_mixed(tmp_path: Path):
+    """The hub's folder holds train, validation and test beside each other."""
+    both = [(1.0, 0.0, True)] * 2
+    for name in ("train-00000-of-00002-ab12", "train-00001-of-00002-cd34",
+                 "validation_unique-00000-of-00001-ef"):  # fmt: skip
+        shard(tmp_path / f"{name}.parquet", both)
+    refused("holds the splits train, validation_unique", str(tmp_path), layout="pickapic")
+    assert len(Pairs(str(tmp_path / "train-*"), layout="pickapic")) == 4
+    assert len(Pairs(str(tmp_path / "validation_unique-*"), layout="pickapic")) == 2
+    refused("no pair", str(tmp_path / "test-*"), layout="pickapic")

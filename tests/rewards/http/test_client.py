@@ -29,7 +29,7 @@ from flux2.errors import InputError
 from flux2.types import Batch, Deferred
 from rewards.apart import Configured
 from rewards.http.client import RemoteReward
-from rewards.http.exchange import _retry_after
+from rewards.http.exchange import retry_after
 from rewards.http.lanes import Lane, Pool
 from rewards.http.protocol import Limits, Request, decode, to_text
 from rewards.ocr import OCRReward
@@ -333,9 +333,9 @@ def test_retry_after_is_kept_to():
         began = time.monotonic()
         assert reward(noise(1), numbered(1))["reward"].isnan().all()  # beyond the deadline
         assert time.monotonic() - began < 2 and reward.failures == {"busy": 1}
-    assert _retry_after("1.5") == 1.5 and _retry_after("-1") == _retry_after("soon") == 0
+    assert retry_after("1.5") == 1.5 and retry_after("-1") == retry_after("soon") == 0
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600))
-    assert 3500 < _retry_after(date) <= 3600
+    assert 3500 < retry_after(date) <= 3600
 
 
 def test_a_server_that_restarts_between_chunks_is_found_again():

@@ -350,10 +350,10 @@ def test_wrong_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_open_networks_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert module._loopback("localhost") and module._loopback("::1")
-    assert not module._loopback("0.0.0.0") and not module._loopback("example.org")
+    assert module.is_loopback("localhost") and module.is_loopback("::1")
+    assert not module.is_loopback("0.0.0.0") and not module.is_loopback("example.org")
     for host, token, warned in (("0.0.0.0", None, True), ("0.0.0.0", "t", False)):
-        with module._bound(host, 0) as sock:
+        with module.bound(host, 0) as sock:
             module._announce(sock, {}, host, token, tmp_path / "address.json")
             port = sock.getsockname()[1]
         out = capsys.readouterr().out

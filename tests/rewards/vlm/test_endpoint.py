@@ -381,7 +381,7 @@ def test_no_server_at_all(caplog: pytest.LogCaptureFixture) -> None:
     assert time.monotonic() - start < 3
     assert "server gone" in {a.failure for a in answers} <= {"no connection", "server gone"}
     assert "8 attempts failed: All connection attempts failed" in caplog.text
-    with pytest.raises(Unavailable, match=r"no judge answers at .*vllm serve judge"):
+    with pytest.raises(Unavailable, match=r"no model answers at .*vllm serve judge"):
         model.ready()
     model.close()
 

@@ -347,7 +347,7 @@ def test_what_is_no_judge(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         LocalVLM(str(tmp_path / "nowhere"), device="cpu")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for bad in ({"dtype": "int4"}, {"quantise": "fp3"}, {"batch": 0}, {"reason_tokens": 0}):
-        with pytest.raises(InputError, match="judge:"):
+        with pytest.raises(InputError, match="local model:"):
             LocalVLM(str(folder), device="cpu", **bad)
 
 
