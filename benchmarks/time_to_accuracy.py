@@ -46,7 +46,7 @@ def reached(run: Path, target: float) -> tuple[float | None, float]:
 
 def main() -> None:
     """Trains what is missing, prints a line a run and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--factor", type=float, default=5.0)
     parser.add_argument("--seconds", type=float, default=360.0, help="of the default recipe")

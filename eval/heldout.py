@@ -283,7 +283,8 @@ class HeldOut:
             self._log.print("there is no evaluation from before training, so no gain is given")
             return {"after": self.latest(step), "ceiling": dict(after.ceilings)}
         before = self._history[0]
-        changes = compare(before.results, after.results)
+        both = [n for n in before.results.fingerprints if n in after.results.fingerprints]
+        changes = compare(before.results.only(*both), after.results.only(*both))
         marks = trained(after)
         header = ["held-out", "before", "after", "gain", "95 % interval", "p (Holm)", "ceiling"]
         header += ["control"] if self.control else []

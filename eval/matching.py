@@ -141,7 +141,8 @@ class MatchingLoss:
         """
         self._model, self._role, self._log = model, roles[roles.trainable[0]], log
         self._file = Path(cfg.run.dir) / FILE
-        if distributed.is_main() and self._file.exists():
+        # At step 0 a file is of a run that failed at once, perhaps of another model.
+        if distributed.is_main() and step and self._file.exists():
             stored = read_json(self._file)
             self._history = {
                 int(at): torch.tensor(rows, dtype=torch.float64)

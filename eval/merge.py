@@ -74,7 +74,7 @@ def planned(cfg: Any) -> Plan:
     for name in formats:
         lora = ("adapter",) if name in LORA else None
         check_target(Target(name, DTYPES[cfg.dtype], schedule=schedule), lora)
-    parents = parents_of(names)
+    parents = parents_of(names, allowed(cfg))
     for parent in parents:
         check_lineage(cfg, parent.init, ROLES, schedule_hash(schedule))
     check_parents(parents, allowed(cfg), cfg.tasks)
@@ -145,6 +145,7 @@ def merge(cfg: Any) -> dict[str, Any]:
             put(model.transformer, parts_of(weights, results, plan.base))
             if held is not None:
                 shots.append(_evaluate(cfg, held, model, run, number, weights))
+                _check_choice(plan, shots[-1])
         best = _best(plan, shots, run) if held is not None else 0
         best = distributed.broadcast(best)
         if best != len(plan.points) - 1:
@@ -164,6 +165,13 @@ def _check_shapes(plan: Plan, model: Flux2) -> None:
         raise InputError(
             f"{plan.parents[0].init.run} is not what its configuration says: train it again"
         )
+
+
+def _check_choice(plan: Plan, shot: Evaluation | None) -> None:
+    """Before the other points take their time. Raises InputError for an unknown value."""
+    known = summarise(shot.results) if shot is not None else {}
+    if plan.choose is not None and known and plan.choose[0] not in known:
+        raise InputError(f"choose names {plan.choose[0]!r}: choose from {', '.join(known)}")
 
 
 def _evaluate(
@@ -195,8 +203,8 @@ def _best(plan: Plan, shots: Sequence[Evaluation | None], run: Run) -> int:
     best = 0
     if plan.choose is not None:
         name, mode = plan.choose
-        if any(name not in m or not math.isfinite(m[name]["mean"]) for m in means):
-            raise InputError(f"choose names {name!r}: choose from {', '.join(means[0])}")
+        if not all(math.isfinite(m[name]["mean"]) for m in means):
+            raise InputError(f"choose names {name!r}, which no sample of a point has: take another")
         values = [m[name]["mean"] for m in means]
         best = values.index(max(values) if mode == "max" else min(values))
         rows = compared(plan.points, found, name, mode)

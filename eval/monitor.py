@@ -97,6 +97,7 @@ class HackMonitor:
         self._first: tuple[Results, Table] | None = None
         self._weights: dict[str, float] = {}
         self._why: str | None = None
+        self._began, self._kept = 0, False  # where a session begins, and whether that is kept
         self._seconds = 0.0
 
     def records(self) -> list[Record]:
@@ -111,7 +112,7 @@ class HackMonitor:
     @property
     def stopped(self) -> str | None:
         """See `Monitor`. A run that was ended goes on with monitor.patience=0 and stop_on=[]."""
-        return self._why if self.patience or self.stop_on else None
+        return self._why
 
     # ------------------------------------------------------------ what it looks at
 
@@ -184,7 +185,7 @@ class HackMonitor:
 
     def start(self, cfg: Any, model: Flux2, roles: Any, log: Log, step: int) -> None:
         """See `Monitor`. Checks the policy as it is; a resumed run reads its earlier checks."""
-        self._log, self._run, self._model = log, Path(cfg.run.dir), model
+        self._log, self._run, self._model, self._began = log, Path(cfg.run.dir), model, step
         self._role, self._facts = roles[roles.trainable[0]], {"run": cfg.run.id}
         held = self.heldout
         if held is None or cfg.train.steps < held.every:  # too short for a comparison
@@ -192,8 +193,9 @@ class HackMonitor:
             self.heldout = None
             return
         marked = held.suite.mark(distributed.broadcast(rewards_of(self._run)))
-        kept = {k: m for k, m in marked.present.items() if k not in marked.trained_on}
-        held.suite = Suite(kept)  # what training maximises is not even measured
+        held.suite = Suite({k: m for k, m in marked.present.items() if k not in marked.trained_on})
+        # What training maximises is not even measured.
+        Suite({k: marked.metrics[k] for k in marked.trained_on}).close()
         if step == 0:
             self._means = {}
         if distributed.is_main():
@@ -205,6 +207,7 @@ class HackMonitor:
         for at in sorted(self._means):
             self._judge(at, told=True)
         if not self._means:
+            self._kept = False
             self._check(step)
             self._judge(step)
             if step:
@@ -278,7 +281,12 @@ class HackMonitor:
     # ------------------------------------------------------------ what becomes of the run
 
     def improved(self, step: int) -> bool:
-        """See `Monitor`."""
+        """See `Monitor`. Where a dial alone decides, what it began with must be there to go back
+        to."""
+        if self._kept and step == self._began:
+            return False
+        if not self._held.of:
+            return bool(self.stop_on) and step == self._began
         return self._held.step == step == self._held.best
 
     def score(self, step: int) -> Best | None:
@@ -313,7 +321,8 @@ class HackMonitor:
         rows = self._rows()
         if flags:
             header = ["monitor: flagged", "baseline", "then", "at the end", "limit", "at step"]
-            self._log.table(header, [self._line(n, f, rows[n]["value"]) for n, f in flags.items()])
+            now = {n: rows[n]["value"] if n in rows else math.nan for n in flags}
+            self._log.table(header, [self._line(n, f, now[n]) for n, f in flags.items()])
         picture = panels(self._run / "monitor.png", self._panels())
         parts = [f"{len(flags)} flagged" if flags else "nothing flagged"]
         if self._why is not None:
@@ -381,4 +390,5 @@ class HackMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Monitor`."""
         self._watch.load_state_dict(state["watch"])
-        self._why, self._means = state["why"], dict(state["means"])
+        self._means, self._kept = dict(state["means"]), True
+        self._why = state["why"] if self.patience or self.stop_on else None

@@ -118,6 +118,14 @@ class Results:
     fingerprints: Mapping[str, Fingerprint]
     aggregates: tuple[Aggregate, ...] = ()
 
+    def only(self, *names: str) -> Results:
+        """The part that speaks of these metrics."""
+        return Results(
+            tuple(s for s in self.scores if s.metric in names),
+            {k: f for k, f in self.fingerprints.items() if k in names},
+            tuple(a for a in self.aggregates if a.metric in names),
+        )
+
     def __post_init__(self) -> None:
         seen: set[tuple[str, int, int]] = set()
         for s in self.scores:

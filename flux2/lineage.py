@@ -83,8 +83,8 @@ class Init:
 def resolve_init(path: str | Path) -> Init:
     """The weights that `init_from=` names, verified by rank 0; every rank must call.
 
-    path: a run (then its newest checkpoint, else its export/), <run>/checkpoints/step_NNNNNN,
-        <run>/checkpoints/best, or an export.
+    path: a run (then the checkpoint that is its result, or its newest, else its export/),
+        <run>/checkpoints/step_NNNNNN, <run>/checkpoints/best, or an export.
 
     Raises:
         InputError: there is no run, or it has no weights that are whole.
@@ -122,7 +122,7 @@ def find_init(path: str | Path) -> Init:
         return _init(run, path, is_export=True)
     if not (path / MANIFEST).is_file():
         raise InputError(f"init_from={path} is no run (no {MANIFEST} there); name a run directory")
-    if (weights := _result(path) or find_latest(path / "checkpoints")) is not None:
+    if (weights := _result(path)) is not None:
         return _init(path, weights)
     for folder in (path / "export", path / "export" / "diffusers"):
         if (folder / "model_index.json").is_file():
@@ -133,11 +133,12 @@ def find_init(path: str | Path) -> Init:
 
 
 def _result(run: Path) -> Path | None:
-    """The checkpoint that a finished run chose as its result, where that is not the last one."""
+    """The checkpoint that a finished run chose as its result, else the newest; None where it is
+    not whole. A later one than the chosen is what the run turned down, and never stands in."""
     manifest = read_json(run / MANIFEST)
     chosen = manifest.get("exported")
-    if manifest["status"] != "done" or not chosen or chosen["step"] == chosen["of"]:
-        return None
+    if manifest.get("status") != "done" or not chosen or chosen["step"] == chosen["of"]:
+        return find_latest(run / "checkpoints")
     best = run / "checkpoints" / f"step_{chosen['step']:06d}"
     return best if damage_of(best) is None else None
 
@@ -165,7 +166,8 @@ def same_init(cfg: DictConfig, run: Path, recorded: Sequence[Mapping[str, str]])
         InputError: cfg.init_from is another run's, or the weights are gone or have changed, and
             cfg.allow has no `base`.
     """
-    if not recorded:
+    # A merger's parents, which have weights, are those that runs= names, and not where it began.
+    if not recorded or "weight" in recorded[0]:
         if cfg.init_from is None:
             return None
         raise InputError(f"{run} was started from no run; leave out init_from, or another run.dir")

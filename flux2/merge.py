@@ -32,7 +32,6 @@ from flux2.errors import InputError
 from flux2.formats import Adapter
 from flux2.lineage import (
     Init,
-    allowed,
     find_init,
     manifests_of,
     resolve_init,
@@ -175,12 +174,14 @@ class Parent:
         config: of the run; None of an export, which holds whole weights.
         own: what was trained: the role's tensors, or None for an export.
         adapter: the same as LoRA, if it is one.
+        allow: of lineage, of the run that asks; base: what it started from may have changed.
     """
 
     init: Init
     config: Any = None
     own: Source | None = None
     adapter: Adapter | None = None
+    allow: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -222,11 +223,11 @@ class Parent:
         if self.config.init_from is not None:
             before = find_init(self.config.init_from)
             told, found = manifest["parents"][0]["hash"], before.parent()["hash"]
-            source = opened(before).weights
+            source = opened(before, self.allow).weights
         else:
             told = (manifest.get("base") or {}).get("hash") or None
             found, source = of_model(self.config.model, self.config.seed)
-        if told not in (None, found) and "base" not in allowed(self.config):
+        if told not in (None, found) and "base" not in self.allow:
             raise InputError(f"what {self.init.run} started from has changed since: {again}")
         return found, source
 
@@ -275,8 +276,8 @@ class Parent:
         return chosen, int(self.config.seed)
 
 
-def opened(init: Init) -> Parent:
-    """A run's result; its weights are not read yet, save an adapter's.
+def opened(init: Init, allow: Sequence[str] = ()) -> Parent:
+    """A run's result; its weights are not read yet, save an adapter's. allow: see `Parent`.
 
     Raises:
         InputError: it trained no transformer.
@@ -288,7 +289,7 @@ def opened(init: Init) -> Parent:
             "that did"
         )
     if init.is_export:
-        return Parent(init)
+        return Parent(init, allow=allow)
     config = OmegaConf.load(init.run / "config.yaml")
     role = f"{trained[0]}/"
     stored = load_checkpoint(init.weights, verify=False).weights  # verified when it was found
@@ -296,10 +297,11 @@ def opened(init: Init) -> Parent:
     if config.adapter is None:
         header = _shapes(init.weights, mine)
         shapes = {k.removeprefix(role): v for k, v in header.items()}
-        return Parent(init, config, Source(shapes, lambda k: mine[f"{role}{k}"]))
+        own = Source(shapes, lambda k: mine[f"{role}{k}"])
+        return Parent(init, config, own, allow=allow)
     tensors = {k.removeprefix(role): mine[k] for k in mine}
     adapter = Adapter.read(tensors, config.adapter.alpha / config.adapter.rank)
-    return Parent(init, config, Source.of(tensors), adapter)
+    return Parent(init, config, Source.of(tensors), adapter, allow)
 
 
 def _shapes(folder: Path, tensors: Tensors) -> dict[str, tuple[int, ...]]:
@@ -313,8 +315,8 @@ def _shapes(folder: Path, tensors: Tensors) -> dict[str, tuple[int, ...]]:
 # ---------------------------------------------------------------- what may be merged
 
 
-def parents_of(paths: Sequence[str]) -> list[Parent]:
-    """What runs= names, each opened. Every rank must call.
+def parents_of(paths: Sequence[str], allow: Sequence[str] = ()) -> list[Parent]:
+    """What runs= names, each opened. Every rank must call. allow: see `Parent`.
 
     Raises:
         InputError: no such run, one that failed or still runs, or one that trained no transformer.
@@ -329,7 +331,7 @@ def parents_of(paths: Sequence[str]) -> list[Parent]:
                 f"runs: {init.run} is {status}: name a run that is done, or a checkpoint "
                 f"({init.weights})"
             )
-        out.append(opened(init))
+        out.append(opened(init, allow))
     return out
 
 

@@ -322,8 +322,8 @@ def _fit(cfg: DictConfig, parts: Parts, engine: Engine, data: Loader, log: Log) 
         heldout.start(cfg, model, engine.roles, log, engine.step)
     save, monitor = _saver(cfg, run, engine, parts, data), parts.monitor
     monitor.start(cfg, model, engine.roles, log, engine.step)
-    if engine.step == 0 and monitor.improved(0):
-        save(0)  # the model as it is may turn out to be the best
+    if monitor.improved(engine.step):
+        save(engine.step)  # the model as it is may turn out to be the best
 
     def watched(step: int) -> bool:
         if monitor.improved(step):
@@ -412,7 +412,8 @@ def _calibrate(cfg: DictConfig, parts: Parts, engine: Engine, data: Loader, log:
     """Lets a reward measure what it wants to know of the policy, on batches beside training's."""
     if parts.score.wants is None:
         return
-    sampler, role = build(cfg.sampler), engine.roles[engine.roles.trainable[0]]
+    rollouts = {k: cfg.method[k] for k in ("steps", "guidance") if k in cfg.method}
+    sampler, role = build(cfg.sampler, **rollouts), engine.roles[engine.roles.trainable[0]]
 
     def draw(k: int, times: int) -> tuple[torch.Tensor, Batch]:
         batch = data(ASIDE + k).repeat(times)

@@ -143,6 +143,7 @@ class Sharded(Engine):
         # DeepSpeed calls collectives by their old names; torch says so at every call.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         distributed.alone(device)  # one process is a group as well
+        os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher DeepSpeed misses it
         self.zero = zero
         self._engine: Any = deepspeed.initialize(
             model=roles.backbones,

@@ -237,14 +237,14 @@ def rollout(
             drawn.append((chunk.ids // group, micro))
         found = scoring.result()
         scores.append(found)
-        groups.append(samples.groups)
+        groups.append(samples.ids // group)  # a prompt that comes twice may be on two ranks
         if chosen.on:
             rewards = found["reward"].unflatten(0, (len(wave), group))
             tally.add(wave.ids, chosen.informative(rewards))
             if tally.full:
                 break
     every = join_scores(scores)
-    gained = advantage(every, torch.cat(groups))  # a prompt's group is whole on its rank
+    gained = advantage(every, torch.cat(groups))  # a group is whole on its rank
     metrics = {**told(every), **gained.metrics, **(tally.metrics if chosen.on else {})}
     ids = torch.cat([ids for ids, _ in drawn])
     valid = gained.valid
@@ -285,7 +285,9 @@ def weighted(batch: Batch, term: Tensor, metrics: Metrics) -> tuple[Tensor, Metr
     assert batch.weight is not None
     weight = batch.weight.to(term.device)
     loss = (weight * term).sum()
-    return loss, {"loss": loss.detach() / weight.sum(), **metrics}
+    # Detached: the log keeps them to the step's end, and would keep their graphs.
+    told = {n: v.detach() if isinstance(v, Tensor) else v for n, v in metrics.items()}
+    return loss, {"loss": loss.detach() / weight.sum(), **told}
 
 
 def weigh(batch: Batch, valid: Tensor) -> Tensor:

@@ -129,8 +129,8 @@ def _inside(steps: range | list[int], grid: Grid) -> tuple[int, ...]:
 def no_kernel() -> Kernel:
     """kernel=ode. Raises InputError."""
     raise InputError(
-        "kernel=ode: a step of the ODE is no draw, so it has no likelihood, and there is no ratio to "
-        "clip: choose kernel=flow, dance or cps, or a method that samples by the ODE (stage=nft, "
+        "kernel=ode: a step of the ODE is no draw: it has no likelihood, so there is no ratio to "
+        "clip; choose kernel=flow, dance or cps, or a method that samples by the ODE (stage=nft, "
         "stage=awm)"
     )
 

@@ -22,11 +22,11 @@ from flux2.flow import (
     TimeDensity,
     TimeWeighting,
     Unweighted,
-    interpolate,
     target_velocity,
 )
 from flux2.rng import Rng
 from flux2.types import Batch, Condition, Metrics, RoleSpec, Turn
+from posttrain._common import Noised
 
 
 class Target(Protocol):
@@ -167,12 +167,10 @@ class FlowMatching:
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """Weighted sum over the micro-batch."""
-        x0, cond, weight = batch.x0, batch.cond, batch.weight
-        assert x0 is not None and cond is not None and weight is not None
-        t = self.density(rng.uniform("time", batch.ids)).to(x0.device)  # b
-        eps = rng("noise", batch.ids, tuple(x0.shape[1:])).to(x0.device)  # b n c
-        u = rng.uniform("guidance", batch.ids).to(x0.device)  # b
-        x, v = interpolate(x0, eps, t), target_velocity(x0, eps)
+        at, cond, weight = Noised.draw(batch, self.density, rng), batch.cond, batch.weight
+        assert cond is not None and weight is not None
+        x, t, v = at.x, at.t, target_velocity(at.x0, at.eps)  # b n c, b, b n c
+        u = rng.uniform("guidance", batch.ids).to(t)  # b
         asked, target, factor = self.target(roles, x, t, cond, v, u)
         found: dict[str, float | Tensor] = {}
         extra: Tensor | float = 0.0

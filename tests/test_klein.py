@@ -125,7 +125,9 @@ def test_a_recipe_is_planned_by_one_command(
     def call(*arguments: str) -> tuple[int, str, str]:
         place = f"run.dir={tmp_path / 'run'}"
         monkeypatch.setattr("sys.argv", ["run.py", *arguments, place])
-        return run.main(), *capfd.readouterr()
+        code = run.main()
+        out, err = capfd.readouterr()
+        return code, out, err
 
     code, out, _ = call("stage=plan", "experiment=klein/dpo-full")
     assert code == 0 and "klein-4b-base" in out and "GiB" in out

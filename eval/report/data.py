@@ -79,7 +79,7 @@ def open_runs(items: Sequence[str] | Mapping[str, str] | None, baseline: str | N
 
     Args:
         items: `path`, `path@step` or `name=path@step`; or name → path or path@step. Without a step
-            the run's latest evaluation.
+            that of the run's result, or else its latest evaluation.
         baseline: a name; None: the first item.
 
     Raises:
@@ -157,12 +157,20 @@ def _place(path: str, step: int | None) -> tuple[Path, int, Path]:
             f"{path} holds no evaluation: python run.py stage=eval init_from={path}, and name "
             "that run"
         )
-    at = max(known) if step is None else step
+    at = _result_of(run, known) if step is None else step
     if at not in known:
         raise InputError(
             f"{path} was not evaluated at step {at}: choose from {', '.join(map(str, known))}"
         )
     return run, at, known[at]
+
+
+def _result_of(run: Path, known: Mapping[int, Path]) -> int:
+    """The step whose weights a finished run chose as its result (`flux2.train`), if it was
+    evaluated; else the latest."""
+    facts = read_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
+    chosen = facts.get("exported") if facts.get("status") == "done" else None
+    return chosen["step"] if chosen and chosen["step"] in known else max(known)
 
 
 def _names(given: Sequence[str | None], entries: Sequence[Entry]) -> list[str]:
@@ -233,16 +241,6 @@ def margin_of(metric: str, margins: Mapping[str, float] | None) -> float | None:
 
 
 # ---------------------------------------------------------------- numbers
-
-
-def only(results: Results, metric: str) -> Results:
-    """The part of `results` that speaks of one metric."""
-    return replace(
-        results,
-        scores=tuple(s for s in results.scores if s.metric == metric),
-        aggregates=tuple(a for a in results.aggregates if a.metric == metric),
-        fingerprints={k: f for k, f in results.fingerprints.items() if k == metric},
-    )
 
 
 def clock(steps: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:

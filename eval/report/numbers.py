@@ -23,7 +23,6 @@ from eval.report.data import (
     direction,
     held_out,
     margin_of,
-    only,
     short,
 )
 from eval.stats import holm
@@ -171,7 +170,7 @@ def _trained(entry: Entry) -> set[str]:
 
 def _cell(name: str, entry: Entry, settings: Settings) -> dict[str, Any]:
     """What the run reached; mean, low and high are None where it was not measured."""
-    mine = only(entry.results, name)
+    mine = entry.results.only(name)
     return {
         **dict.fromkeys(("mean", "low", "high")), "n": 0, "missing": 0,
         **summarise(mine, settings.level).get(name, {}),
@@ -189,7 +188,7 @@ def _against(name: str, base: Entry, entry: Entry, settings: Settings) -> dict[s
             return {"refused": f"{one.name} has no value: {why}"}
     try:
         found = compare(
-            only(base.results, name), only(entry.results, name), settings.level, sampling="any"
+            base.results.only(name), entry.results.only(name), settings.level, sampling="any"
         )
     except InputError as error:
         why = _unlike(base.results.fingerprints[name], entry.results.fingerprints[name])

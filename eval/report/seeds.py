@@ -64,7 +64,7 @@ def _over_seeds(metric: Mapping[str, Any], seeds: Sequence[str], baseline: str) 
     ceiling, base = common_ceiling(metric), metric["cells"][baseline]["mean"]
     mean = _mean(known)
     left = None
-    if None not in (ceiling, base, mean) and ceiling > base:
+    if ceiling is not None and base is not None and mean is not None and ceiling > base:
         left = (ceiling - mean) / (ceiling - base)
     return {
         "mean": mean, "low": min(known, default=None), "high": max(known, default=None),

@@ -97,9 +97,9 @@ def test_a_resumed_run_takes_up_its_ceiling(tiny, tmp_path: Path) -> None:
     red, second = Red(), Red("second")
     more = held_out(red, second, shown=1, every=3)
     with begin(more, tiny, run, step=3):
-        pass
-    assert red.calls == second.calls == 2
-    assert set(more._history[3].ceilings) == {"red", "second"}
+        assert red.calls == second.calls == 2
+        assert set(more._history[3].ceilings) == {"red", "second"}
+        assert set(more.finish(3)["change"]) == {"red"}  # the other has no before
 
 
 def test_a_ceiling_of_other_prompts_is_not_taken_up(tiny, tmp_path: Path) -> None:

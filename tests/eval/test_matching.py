@@ -135,6 +135,12 @@ def test_a_resumed_run_goes_on_with_what_it_measured(hook):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_that_begins_anew_takes_nothing_from_one_that_failed_at_once(hook):
+    old, new = (hook(Off(k)).finish(0)["heldout_loss"]["before"] for k in (0.3, 0.0))
+    assert len(new) == 3 and new != old
+    assert len(hook(Off(), bins=2).finish(0)["heldout_loss"]["before"]) == 2
+
+
 def test_wrong_settings_are_refused():
     for wrong in ({"samples": 1}, {"samples": 13}, {"bins": 0}, {"chunk": 0}, {"every": -1},
                   {"guidance": 0.0}):  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 import run
 from eval.evaluation import Evaluation, find
+from eval.merge import Plan, _check_choice
+from eval.records import Fingerprint, Results, Score
 from flux2.errors import InputError
 from flux2.export import export_run
 from flux2.formats import read_lora
@@ -161,6 +164,16 @@ def test_a_grid_is_evaluated_and_the_best_is_exported(base, runs, tmp_path, caps
     for key in ("x_embedder.weight", "transformer_blocks.0.attn.to_q.weight"):
         want = w[0] * a[key] + w[1] * full[key]
         torch.testing.assert_close(weights[key], want, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_value_to_choose_by_is_told_after_the_first_point():
+    print_ = Fingerprint("exact", "reader(1)", 1, "prompts", "euler8:ab", 3.0)
+    shot = Evaluation(Results((Score(0, 0, "exact", 1.0),), {"exact": print_}), {0: "a sign"}, {})
+    plan = Plan([], [(1.0, 0.0), (0.0, 1.0)], ["diffusers"], ("exact", "max"), None)
+    _check_choice(plan, shot)
+    _check_choice(plan, None)  # on ranks other than 0
+    with pytest.raises(InputError, match="choose names 'exakt': choose from exact"):
+        _check_choice(replace(plan, choose=("exakt", "max")), shot)
 
 
 @pytest.mark.parametrize(

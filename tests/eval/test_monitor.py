@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -203,6 +204,15 @@ def test_a_run_that_was_ended_is_not_gone_on_with(hacked, tiny):
     assert again.same_as(toy.folder / "checkpoints" / f"step_{found['monitor']['best']:06d}")
 
 
+def test_patience_0_goes_on_with_a_run_that_was_ended(hacked, tiny, tmp_path):
+    toy, _, _ = hacked
+    folder = shutil.copytree(toy.folder, tmp_path / "run")
+    again = Toy(tiny, folder, level=0.0, patience=0)
+    found = again.run(toy.engine.step + 2)["monitor"]
+    assert again.engine.step == toy.engine.step + 2 and found["stopped"] is None
+    assert found["exported"]["step"] == found["best"]  # to which it goes back all the same
+
+
 def test_a_healthy_run_is_left_alone(tiny, tmp_path, capsys):
     torch.manual_seed(0)
     toy = Toy(tiny, tmp_path / "run", level=0.5, lr=3e-3)
@@ -224,6 +234,39 @@ def test_a_dial_may_end_the_run_and_then_the_last_clean_checkpoint_is_the_result
     assert toy.engine.step == flagged < 40 and "dark is beyond its limit" in found["stopped"]
     assert found["exported"]["step"] == flagged - 1
     assert toy.same_as(tmp_path / "run" / "checkpoints" / f"step_{flagged - 1:06d}")
+
+
+def test_a_dial_that_ends_the_run_before_any_save_goes_back_to_the_beginning(tiny, tmp_path):
+    torch.manual_seed(0)
+    toy = Toy(tiny, tmp_path / "run", level=0.0, lr=1e-3, heldout=None, criterion={},
+              stop_on=["dark"], patience=0)  # fmt: skip
+    found = toy.run(40)["monitor"]
+    assert found["stopped"] and found["exported"]["step"] == 0 < toy.engine.step
+    assert toy.same_as(tmp_path / "run" / "checkpoints" / "step_000000")
+
+
+def test_a_run_that_is_watched_from_a_resume_on_may_go_back_to_where_it_was(tiny, tmp_path):
+    torch.manual_seed(0)
+    blind = Toy(tiny, tmp_path / "run", level=0.0, lr=1e-6)
+    blind.parts = replace(blind.parts, monitor=Blind())
+    blind.run(3)
+    toy = Toy(tiny, tmp_path / "run", level=0.0)
+    found = toy.run(30)["monitor"]
+    assert found["stopped"] and found["exported"]["step"] == found["best"] == 3
+    assert toy.same_as(tmp_path / "run" / "checkpoints" / "step_000003")
+
+
+def test_a_flagged_dial_without_a_value_at_the_end_is_told_all_the_same(hacked, tmp_path):
+    toy, _, _ = hacked
+    monitor = copy.copy(toy.monitor)
+    last = max(monitor._means)
+    monitor._means = {**monitor._means, last: {**monitor._means[last], "light": float("nan")}}
+    with Log(tmp_path, LOGGER, 1) as log:
+        monitor._log, monitor._run = log, tmp_path
+        log.log(0, {"x": 1.0})
+        log.flush(0)
+        found = monitor.finish({"step": 0, "of": last, "why": "x"})["monitor"]
+    assert "heldout/light" in monitor._watch.flags and "heldout/light" not in found["dials"]
 
 
 def test_train_best_chooses_the_result_by_an_evaluation(tiny, tmp_path):
@@ -278,6 +321,15 @@ def test_a_run_too_short_for_a_comparison_has_no_checks(tiny, tmp_path, capsys):
     assert found["heldout"] == {} and found["exported"]["why"] == "the last"
     assert not (tmp_path / "run" / "monitor").exists()
     assert "held-out samples every" not in capsys.readouterr().out
+
+
+def test_a_metric_that_is_not_measured_is_closed(tiny, tmp_path):
+    closed = []
+    toy = Toy(tiny, tmp_path / "run", level=0.5)
+    aim = toy.monitor.heldout.suite.metrics["aim"]
+    aim.close = lambda: closed.append("aim")
+    toy.run(2)
+    assert closed == ["aim"] and "aim" not in toy.monitor.heldout.suite.metrics
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,42 @@ def test_a_run_one_of_its_checkpoints_or_its_best(tmp_path):
         resolve_init(other.checkpoints / "best")
 
 
+def test_a_finished_run_is_its_result_and_never_what_it_turned_down(tmp_path):
+    run = make(tmp_path / "run")
+    two, three = write(run, 2), write(run, 3)
+    run.update(exported={"step": 2, "of": 3, "why": "better"})
+    assert resolve_init(run.path).weights == three  # it still runs
+    run.update(status="done")
+    assert resolve_init(run.path).weights == two
+    inside = export(run, run.path / "export")
+    shutil.rmtree(two)
+    assert resolve_init(run.path).weights == inside
+    shutil.rmtree(inside)
+    with pytest.raises(InputError, match="neither"):
+        resolve_init(run.path)
+    run.update(exported={"step": 3, "of": 3, "why": "the last"})
+    assert resolve_init(run.path).weights == three
+
+
+def test_a_folder_with_a_manifest_and_no_weights_is_refused_in_one_line(tmp_path):
+    run = make(tmp_path / "run")
+    single = tmp_path / "single"  # an export in one file, which init_from does not take
+    single.mkdir()
+    write_json(single / "manifest.json", export_manifest(run.manifest, None, format="single"))
+    with pytest.raises(InputError, match="neither"):
+        resolve_init(single)
+
+
+def test_a_merger_is_gone_on_with_though_it_has_parents(tmp_path):
+    run = Run.create(config(tmp_path / "run"))
+    run.update(parents=[{"path": "/x", "id": "a", "hash": "b", "weight": 0.5}])
+    run.finish("interrupted")
+    again = Run.create(config(tmp_path / "run", resume="auto"))
+    assert again.manifest["id"] == run.manifest["id"]
+    again.finish("done", {"stage": "sft"})
+    assert runs.finished(config(tmp_path / "run", resume="auto")) == {"stage": "sft"}
+
+
 def test_an_export_of_a_run_or_one_that_was_moved_away(tmp_path):
     run = make(tmp_path / "run", result_role="guidance-distilled")
     inside = export(run, run.path / "export")

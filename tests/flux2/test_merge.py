@@ -227,3 +227,4 @@ def test_a_base_that_changed_since_is_refused(tiny_config, tiny, tmp_path):
     run = make_run(tmp_path / "a", cfg, tensors, adapter=shape, base=base)
     with pytest.raises(InputError, match=r"started from has changed since.*allow=\[base\]"):
         _ = parents_of([str(run)])[0].weights
+    assert parents_of([str(run)], ["base"])[0].weights.shapes  # as the message says

@@ -91,6 +91,8 @@ def test_the_gradients_way_is_watched_as_well():
     x = torch.zeros(2, 1, 1, requires_grad=True)
     score.differentiable(x, BATCH).sum().backward()
     assert x.grad is not None and x.grad.flatten().tolist() == [0.5, 0.5]  # images are (x + 1)/2
+    ids, scores = score.noted()  # for data that resample
+    assert ids.tolist() == BATCH.groups.tolist() and scores.tolist() == pytest.approx([0.5, 1.0])
     assert "time/reward" in score.probe()
     with pytest.raises(InputError, match="has no gradient"):
         Scorer(object()).check_gradient()

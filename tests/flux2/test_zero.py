@@ -138,6 +138,19 @@ def test_two_ranks_equal_one_process(model_file, alone, tmp_path):
     agree(alone("sft-full", 5, tmp_path / "down"), alone("sft-full"))
 
 
+def test_one_process_needs_no_launcher(model_file, alone, tmp_path):
+    """`engine=zero2-offload` on one GPU: nothing has set torchrun's variables."""
+    bare = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "flux2" / "ranks_job.py"), str(model_file),
+         f"zero2-offload:sft-lora:5:{tmp_path}/one"],
+        cwd=ROOT, env={**bare, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    agree(tmp_path / "one", alone("sft-lora"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"]

@@ -10,8 +10,8 @@ import torch
 from flux2.analytic import toy_condition
 from flux2.errors import InputError
 from flux2.types import Batch
-from posttrain._common import Scoring, check_group, spread, told, weigh
-from posttrain.advantages import group_advantages
+from posttrain._common import GroupFilter, Scoring, check_group, rollout, spread, told, weigh
+from posttrain.advantages import GroupRelative, group_advantages
 
 NAN = math.nan
 
@@ -67,6 +67,19 @@ def test_without_any_score_all_is_masked_and_finite():
 def test_what_is_told_skips_what_was_not_scored():
     found = told({"reward": torch.tensor([1.0, NAN, 4.0]), "x": torch.tensor([NAN] * 3)})
     assert found["reward"] == 2.5 and found["reward_std"] == 1.5 and found["x"].isnan()
+
+
+def test_a_prompt_that_comes_twice_is_two_groups():
+    """As it would be on two ranks: rewards 0, 1 and 1, 1 of one prompt are no group of four."""
+    ids, same = torch.arange(2), torch.tensor([7, 7])
+    batch = Batch(ids, ("a", "a"), toy_condition(2, 1), same, ({},) * 2, (1, 1), 1)
+    found = rollout(
+        lambda chunk: (torch.zeros(len(chunk), 1, 1), [chunk]), batch, 2, 4,
+        lambda x, part: lambda: {"reward": (part.ids > 0).float()}, GroupRelative(), GroupFilter(),
+    )  # fmt: skip
+    [chunk] = found.chunks
+    assert chunk.advantage.tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-3)
+    assert chunk.valid.tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 12])

@@ -22,7 +22,6 @@ from flux2 import train
 from flux2.errors import InputError
 
 UNKNOWN = [  # no such file, or no such choice of the stage
-    (("stage=grpo", "kernel=ode"), "kernel"),
     (("stage=grpo", "window=last"), "window"),
     (("stage=grpo", "surrogate=none"), "surrogate"),
     (("stage=grpo", "advantage=elo"), "advantage"),
@@ -33,6 +32,7 @@ UNKNOWN = [  # no such file, or no such choice of the stage
     (("stage=awm", "surrogate=clip"), "surrogate"),
 ]
 REFUSED = [
+    (("stage=grpo", "kernel=ode"), "no ratio to clip"),
     # kernels, and the steps that are drawn from them
     (("stage=grpo", "method.kernel=cps"), "method.kernel=cps names a file: write kernel=cps"),
     (("stage=grpo", "method.kernel.eta=0"), "eta is 0"),

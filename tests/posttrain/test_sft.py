@@ -181,10 +181,12 @@ class Quick:
     def __init__(self, seed: int) -> None:
         self.g = torch.Generator().manual_seed(seed)
 
-    def __call__(self, stream: str, ids: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    def __call__(
+        self, stream: str, ids: Tensor, shape: tuple[int, ...] = (), counter: int = 0
+    ) -> Tensor:
         return torch.randn(len(ids), *shape, generator=self.g)
 
-    def uniform(self, stream: str, ids: Tensor) -> Tensor:
+    def uniform(self, stream: str, ids: Tensor, counter: int = 0) -> Tensor:
         return torch.rand(len(ids), generator=self.g)
 
 

@@ -138,6 +138,15 @@ def test_the_latest_evaluation_or_the_one_of_a_step(tmp_path: Path) -> None:
     assert [(e.name, e.step) for e in named] == [("y", 0), ("x", 100)]
 
 
+def test_without_a_step_it_is_that_of_the_result(tmp_path: Path) -> None:
+    for step in (0, 20, 100):
+        save(tmp_path / "a", evaluation("a", 0.4), step, images=False)
+    for status, chosen, want in (("done", 20, 20), ("running", 20, 100), ("done", 40, 100)):
+        facts = {"status": status, "exported": {"step": chosen, "of": 100, "why": "better"}}
+        (tmp_path / "a" / "manifest.json").write_text(json.dumps(facts))
+        assert [e.step for e in open_runs([str(tmp_path / "a")], None)] == [want]
+
+
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     for folder in ("one/a", "two/a"):
         save(tmp_path / folder, evaluation("a", 0.4), images=False)

@@ -289,10 +289,12 @@ def test_trouble_that_stays_masks_its_items(reply: Reply, reason: str, attempts:
 
 @pytest.mark.parametrize("date", [False, True])
 def test_retry_after_is_obeyed(date: bool) -> None:
-    # A date has whole seconds: two of them are one at the least.
-    value = formatdate(time.time() + 2, usegmt=True) if date else "0.5"
-    late = Reply(b"", 429, {"Retry-After": value})
-    with JudgeServer(failing(1, lambda *_: late)) as server:
+    def late(*_: Any) -> Reply:
+        # A date has whole seconds: two of them are one at the least.
+        value = formatdate(time.time() + 2, usegmt=True) if date else "0.5"
+        return Reply(b"", 429, {"Retry-After": value})
+
+    with JudgeServer(failing(1, late)) as server:
         right(ask(server, 1), range(1))
         first, second = server.asked
     assert second.time - first.time >= (0.8 if date else 0.5)
