@@ -290,14 +290,12 @@ class HackMonitor:
         return self._held.step == step == self._held.best
 
     def score(self, step: int) -> Best | None:
-        """See `Monitor`. By the deciding value; where there is none, and a dial may end the run, by
-        age."""
-        if not self._clean(step):
-            return None
-        if self._held.of:
-            value = self._means.get(step, {}).get(DECIDES)
-            return None if value is None else (f"monitor/{DECIDES}", value, "max")
-        return ("monitor/step", float(step), "max") if self.stop_on else None
+        """See `Monitor`. Where a held-out value decides, only a check that was better than all
+        before it has a rank, and the later the higher: the trend compares samples in pairs, which
+        means over those that have a value need not agree with. Else, where a dial may end the run,
+        by age."""
+        chosen = self._held.best == step if self._held.of else bool(self.stop_on)
+        return ("monitor/step", float(step), "max") if chosen and self._clean(step) else None
 
     def back(self, step: int) -> str | None:
         """See `Monitor`. Checks the last step, if no check has."""

@@ -252,14 +252,18 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
     manifest = read_json(path / MANIFEST)
     if manifest["status"] != "done" or not (path / "summary.json").exists():
         return None
+    stored = OmegaConf.load(path / "config.yaml")
+    assert isinstance(stored, DictConfig)
     was, asked = (
         {k: v for k, v in OmegaConf.to_container(c, resolve=True).items() if k not in _ASIDE}  # type: ignore[union-attr]
-        for c in (OmegaConf.load(path / "config.yaml"), cfg)
+        for c in (stored, cfg)
     )
-    if was != asked:
+    if was != asked or (stored.init_from is None) != (cfg.init_from is None):
         return None
-    if manifest["parents"] or cfg.init_from is not None:
-        same_init(cfg, path, manifest["parents"])
+    if cfg.init_from is not None:  # the run, or the very weights in it; nothing is read from them
+        weights = Path(stored.init_from)
+        if Path(cfg.init_from).resolve() not in (weights, *weights.parents):
+            return None
     return read_json(path / "summary.json")
 
 

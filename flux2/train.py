@@ -260,8 +260,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Runs a training stage, on every rank alike; returns its summary (on rank 0)."""
     parts = assemble(cfg)
     run, started = Run(Path(cfg.run.dir)), time.monotonic()
-    resumed, device = resolve_resume(cfg), pick_device(cfg.engine.device)
     try:
+        resumed, device = resolve_resume(cfg), pick_device(cfg.engine.device)
         if isinstance(parts.reward, Deferred):
             parts.reward.ready()
         if distributed.is_main():
@@ -373,7 +373,8 @@ def _settle(cfg: DictConfig, run: Run, engine: Engine, monitor: Monitor) -> dict
         why = f"best {cfg.train.best[0]} of the checkpoints"
     step = go_back(engine, run.checkpoints) if why is not None else None
     if step is None or step == engine.step:
-        step, why = engine.step, "the last"
+        lost = why is not None and step is None
+        step, why = engine.step, "the last" + (": no checkpoint has a rank" if lost else "")
     exported = {"step": step, "of": engine.step, "why": why}
     run.update(exported=exported)
     return exported

@@ -285,9 +285,7 @@ def weighted(batch: Batch, term: Tensor, metrics: Metrics) -> tuple[Tensor, Metr
     assert batch.weight is not None
     weight = batch.weight.to(term.device)
     loss = (weight * term).sum()
-    # Detached: the log keeps them to the step's end, and would keep their graphs.
-    told = {n: v.detach() if isinstance(v, Tensor) else v for n, v in metrics.items()}
-    return loss, {"loss": loss.detach() / weight.sum(), **told}
+    return loss, {"loss": loss.detach() / weight.sum(), **metrics}
 
 
 def weigh(batch: Batch, valid: Tensor) -> Tensor:

@@ -294,6 +294,12 @@ def test_a_run_that_is_done_is_not_done_again(call):
     assert code == 0 and out.count("is done already") == 2
     assert [manifest(f"all/{n}") for n in (0, 1)] == before
     assert manifest("all/2")["seed"] == 3
+    assert call("stage=train", "kill=true", "run.dir=parent")[0] == 143  # it leaves a checkpoint
+    child = ("stage=fine", "init_from=parent", "run.dir=child", "resume=auto")
+    assert call(*child)[0] == 0
+    shutil.rmtree("parent/checkpoints")
+    assert "is done already" in call(*child)[1]
+    assert call(*child[:1], "run.dir=child", "resume=auto")[0] == 2  # from other weights
     assert call("stage=train", "resume=auto", "run.dir=all/0", "seed=1", "optim.lr=0.5")[0] == 0
     assert json.loads(Path("all/0/summary.json").read_text())["lr"] == 0.5
 
