@@ -327,6 +327,9 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
             key, known = missing[1], _composable_keys(arguments)
             if key in known and error.__cause__ is None:
                 return f"the stage has no {key} to choose: leave out {key}="
+            new = re.search(r"Key '([^']+)' is not in struct", str(error.__cause__))
+            if key in known and new:
+                return f"{key} has no {new[1]!r}; if it takes new names, write +{key}.{new[1]}=…"
             if key in known:  # then what it was given does not fit
                 return f"'{key}' cannot be set so: {str(error.__cause__).splitlines()[0]}"
             return f"no key '{key}'{_nearest(key, known)}"

@@ -201,7 +201,7 @@ def case(name: str, cfg: DictConfig, size: int, device: torch.device) -> Row:
 
 def zero_case(name: str, cfg: DictConfig, size: int) -> Row:
     """The same under DeepSpeed, on each rank of the CPU."""
-    from flux2.train import sharding
+    from flux2.checks import sharding
     from flux2.zero import Sharded
 
     predicted = Footprint(cfg, False, (size, size, 0)).predict(

@@ -119,6 +119,7 @@ def finish(
     told = ", ".join(f"{name} {counts[name]}" for name in REASONS)
     picture = histogram(folder.parent / "samples" / "filter.png", lines, least, low, high)
     if not counts[""]:
+        (folder / FILE).unlink(missing_ok=True)  # of another range; the groups are this one's
         raise InputError(
             f"none of {len(rows)} prompts is kept (left out: {told}): loosen range={least}, low "
             f"and high (resume=<run> range=… filters anew); {picture} shows where they lie"

@@ -66,7 +66,7 @@ class HackMonitor:
     patience: int = 2
     alpha: float = 0.01
     stop_on: Sequence[str] = ()
-    limits: Mapping[str, float | None] = field(default_factory=dict)
+    limits: Mapping[str, float | None] | None = None
     baseline: int = 5
     window: int = 5
 
@@ -81,13 +81,14 @@ class HackMonitor:
             raise InputError(f"monitor.alpha is {self.alpha}: give a number between 0 and 1")
         if any(not w > 0 for w in self.criterion.values()):
             raise InputError("monitor.criterion: weights must be positive; leave out the others")
-        check_limits(self.limits)
+        self._limits = dict(self.limits or {})
+        check_limits(self._limits)
         for name in self.stop_on:
             if dial_of(name, {}) is None:
                 raise InputError(f"monitor.stop_on has {name!r}, which is no dial: docs/monitor.md")
         if self.heldout is not None and self.heldout.every < 1:
             raise InputError("monitor.heldout.every is 0: give the steps between two checks")
-        self._dials, self._watch = ImageDials(), Watch(self.limits, self.baseline, self.window)
+        self._dials, self._watch = ImageDials(), Watch(self._limits, self.baseline, self.window)
         self._groups: list[dict[str, float]] = []
         self._errors: dict[str, float] = {}
         self._prompts = 0
@@ -163,7 +164,7 @@ class HackMonitor:
     def _tell(self, flags: Mapping[str, Flag]) -> None:
         """Each new flag's line; the end of the run where one of them asks for it."""
         for name, flag in flags.items():
-            dial = dial_of(name, self.limits)
+            dial = dial_of(name, self._limits)
             assert dial is not None
             self._log.print(flag.line(name, dial))
             if self._stops(name) and self.stopped is None:
@@ -256,13 +257,13 @@ class HackMonitor:
         table = self._tables.pop(step, None)
         if table is not None and self._first is not None:  # rank 0
             if not told:
-                flags = changed(self._first[1], table, self.limits, step)
+                flags = changed(self._first[1], table, self._limits, step)
             self._held = self._follow(step, table, {**self._watch.flags, **flags})
         self._held, flags = distributed.broadcast((self._held, flags))
         if told:
             return
         speed, begun = self._means[step]["speed"], self._means[min(self._means)]["speed"]
-        dial = dial_of("heldout/speed", self.limits)
+        dial = dial_of("heldout/speed", self._limits)
         if dial is not None and dial.beyond(begun, speed):
             flags["heldout/speed"] = Flag(step, begun, speed)
         new = {k: f for k, f in flags.items() if k not in self._watch.flags}
@@ -322,7 +323,12 @@ class HackMonitor:
             now = {n: rows[n]["value"] if n in rows else math.nan for n in flags}
             self._log.table(header, [self._line(n, f, now[n]) for n, f in flags.items()])
         picture = panels(self._run / "monitor.png", self._panels())
-        parts = [f"{len(flags)} flagged" if flags else "nothing flagged"]
+        if flags:
+            parts = [f"{len(flags)} flagged"]
+        elif any(math.isfinite(row["value"]) for row in rows.values()):
+            parts = ["nothing flagged"]
+        else:
+            parts = ["nothing judged: the run ended before a baseline and a window were full"]
         if self._why is not None:
             parts.append("ended early")
         parts.append(f"exported step {exported['step']} of {exported['of']}: {exported['why']}")
@@ -341,7 +347,7 @@ class HackMonitor:
 
     def _line(self, name: str, flag: Flag, now: float) -> list[object]:
         """Of the table."""
-        dial = dial_of(name, self.limits)
+        dial = dial_of(name, self._limits)
         limit = "-" if dial is None else dial.bounds
         numbers = (f"{v:.3g}" for v in (flag.baseline, flag.value, now))
         return [name, *numbers, limit, flag.step]
@@ -354,7 +360,7 @@ class HackMonitor:
         if self._means:
             first, last = self._means[min(self._means)], self._means[max(self._means)]
             for name, value in last.items():
-                known = dial_of(f"heldout/{name}", self.limits) is not None
+                known = dial_of(f"heldout/{name}", self._limits) is not None
                 if known and math.isfinite(value):
                     out[f"heldout/{name}"] = {"baseline": first.get(name, math.nan), "value": value}
         for name, row in out.items():
@@ -366,7 +372,7 @@ class HackMonitor:
         """One for each dial."""
         out = []
         for name, row in self._rows().items():
-            dial = dial_of(name, self.limits)
+            dial = dial_of(name, self._limits)
             if dial is None:
                 continue
             best = None

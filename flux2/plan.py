@@ -148,8 +148,11 @@ def recommend(choices: list[Choice], gpus: int, memory: float) -> Choice | None:
 def advice(cfg: Any, footprint: Footprint, best: Choice | None, asked: Any) -> str:
     """One line: what to run, or what to change."""
     if best is not None:
+        # A recipe that asks for it is planned without it as well.
+        off = cfg.engine.get("checkpointing") and not best.checkpointing
+        command = best.command + (" engine.checkpointing=false" if off else "")
         return (
-            f"Run with {best.command}: {best.found.peak / GIB:.1f} GiB of {asked.gpu_memory:g} on "
+            f"Run with {command}: {best.found.peak / GIB:.1f} GiB of {asked.gpu_memory:g} on "
             f"each GPU, {best.found.host_peak / GIB:.0f} GiB of host memory for the first rank."
         )
     key = "method.chunk" if cfg.method.get("chunk") is not None else "method.micro"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux2.errors import InputError
 from flux2.passes import Call
 from flux2.rng import Rng
 from flux2.types import Batch, Condition, Method, RoleSpec, Scores
@@ -56,6 +57,10 @@ class _Role:
         """x: b n c → b n c."""
         self._note(len(x), torch.is_grad_enabled() and self.scale.requires_grad)
         return 0.1 * self.scale * x
+
+    def features(self, x: Tensor, t: Tensor, cond: Condition, block: int) -> tuple[Tensor, Tensor]:
+        """Raises InputError: what alignment's networks take is not known here."""
+        raise InputError("the plan does not know representation alignment: plan without align=")
 
     def reconstruct(self, images: Tensor, noise: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         """images: b 3 h w → reconstruction, mean, log-variance."""

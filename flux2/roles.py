@@ -145,15 +145,21 @@ class AutoencoderRole:
         return out.float(), posterior.mean.float(), posterior.logvar.float()
 
 
-def _projector(model: Flux2, out: int, seed: int, name: str) -> nn.Module:
+def _projector(model: Flux2, spec: RoleSpec, seed: int, name: str) -> nn.Module:
     """b n w → b n out: REPA's three layers with SiLU (arXiv 2410.06940), 2048 wide between, or four
-    times the transformer's width where that is less."""
+    times the transformer's width where that is less. Raises InputError without such a block."""
     config: Any = model.transformer.config
+    blocks = config.num_layers + config.num_single_layers
+    if spec.block > blocks:
+        raise InputError(
+            f"{name} takes the hidden states of block {spec.block}, and {model.info.name} has "
+            f"{blocks}: choose an earlier one (method.align.block)"
+        )
     width = config.num_attention_heads * config.attention_head_dim
     inner = min(2048, 4 * width)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(keyed(seed, "projector", name).integers(1 << 62)))
-        sizes = ((width, inner), (inner, inner), (inner, out))
+        sizes = ((width, inner), (inner, inner), (inner, spec.out))
         first, second, third = (nn.Linear(*size) for size in sizes)
     return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third).to(model.device)
 
@@ -284,7 +290,7 @@ class Roles(Mapping[str, Any]):
             self._parameters[name] = self._owned(model.vae.named_parameters())
             return "vae", None
         if spec.kind == "projector":
-            self.backbones[name] = _projector(model, spec.out, self._seed, name)
+            self.backbones[name] = _projector(model, spec, self._seed, name)
             self._parameters[name] = self._owned(self.backbones[name].named_parameters())
             return name, None
         if not own:

@@ -17,12 +17,12 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from flux2 import checkpoint, distributed, plan, quantise
+from flux2 import checkpoint, distributed, plan
 from flux2.adapters import LoRA
 from flux2.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
+from flux2.checks import check, check_data, check_role, sharding
 from flux2.data.cache import RowCache, fingerprint
-from flux2.data.captions import check_weights
-from flux2.data.loader import Collator, Loader, check_group_lengths
+from flux2.data.loader import Collator, Loader
 from flux2.data.order import identity, judges, report
 from flux2.data.sampler import IndexSampler
 from flux2.distributed import pick_device
@@ -47,14 +47,9 @@ from flux2.roles import Roles
 from flux2.runs import Run, resolve_resume
 from flux2.schedule import Schedule
 from flux2.scorer import Scorer, calibrate, close
-from flux2.types import Batch, Deferred, Method, RoleSpec
-from flux2.zero import Sharded, Zero, check_zero
+from flux2.types import Batch, Deferred, Method
+from flux2.zero import Sharded
 
-AXES = (
-    "window", "kernel", "surrogate", "anchor", "advantage", "through", "filter", "density",
-    "weighting", "target", "align",
-)  # fmt: skip
-"""Groups of conf/ whose choice becomes a part of the method."""
 ASIDE = 10**6
 """Batches from this step on serve for measuring, beside those that are trained on."""
 
@@ -72,76 +67,6 @@ def build(cfg: Any, **kwargs: Any) -> Any:
         name = OmegaConf.select(cfg, "_target_") if OmegaConf.is_config(cfg) else cfg
         detail = str(error.__cause__ or error).split("\n")[0]
         raise InputError(f"cannot build {name}: {detail}: correct its configuration") from error
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuses what a training stage cannot run, before anything heavy."""
-    if cfg.train.steps < 1:
-        raise InputError(f"train.steps is {cfg.train.steps}: it must be at least 1")
-    if cfg.train.save_every < 0 or cfg.train.keep < 1:
-        raise InputError("train.save_every must be at least 0 and train.keep at least 1")
-    for axis, chosen in (cfg.method or {}).items():
-        if isinstance(chosen, str) and axis in AXES:
-            raise InputError(f"method.{axis}={chosen} names a file: write {axis}={chosen}")
-    check_engine(cfg)
-    _check_best(cfg)
-    if cfg.optim.clip < 0:
-        raise InputError(f"optim.clip is {cfg.optim.clip}: it must be at least 0 (0: no clipping)")
-    if not 0 <= cfg.data.caption_dropout <= 1:
-        raise InputError(f"data.caption_dropout is {cfg.data.caption_dropout}: give 0 to 1")
-    if cfg.data.get("captions") is not None:
-        check_weights(cfg.data.captions)
-    if cfg.data.get("group_lengths"):
-        check_group_lengths(bool(cfg.model.get("mask_padding", False)))
-    if cfg.data.release_encoder and cfg.data.cache is None:
-        raise InputError("data.release_encoder needs data.cache: give a folder to encode into")
-    if cfg.data.release_encoder and cfg.model.path is None and cfg.train.export:
-        raise InputError(
-            "data.release_encoder frees an encoder that the export needs and no folder holds: set "
-            "train.export=false, or give a model.path"
-        )
-    OmegaConf.to_container(cfg, throw_on_missing=True, resolve=True)
-
-
-def _check_best(cfg: DictConfig) -> None:
-    """train.best needs a value at every checkpoint. Raises InputError where it would have none."""
-    if cfg.train.best is None:
-        return
-    every = OmegaConf.select(cfg, "evaluation.every") or 0
-    if not every or cfg.train.save_every % every or cfg.train.steps % every:
-        raise InputError(
-            f"train.best keeps the best checkpoint by evaluation, and evaluation.every={every} "
-            f"measures not all of them: make train.save_every={cfg.train.save_every} and "
-            f"train.steps={cfg.train.steps} multiples of it"
-        )
-
-
-def check_engine(cfg: Any) -> None:
-    """Refuses an engine that cannot train this model. Raises InputError."""
-    engine, dtype = cfg.engine, cfg.model.dtype
-    if engine.kind not in ("none", "ddp", "deepspeed"):
-        raise InputError(f"engine.kind is {engine.kind!r}: choose none, ddp or deepspeed")
-    if engine.autocast not in AUTOCAST:
-        raise InputError(f"engine.autocast is {engine.autocast!r}: choose fp32 or bf16")
-    half = dtype != "fp32" or (engine.kind == "deepspeed" and engine.precision == "bf16")
-    if half and engine.autocast == "fp32":
-        raise InputError(
-            "engine.autocast=fp32 and weights in bf16: set engine.autocast=bf16, or both "
-            "model.dtype and engine.precision to fp32"
-        )
-    quantise.check_use(cfg.model.get("quantise"), engine.kind, cfg.get("adapter") is not None)
-    if engine.kind == "deepspeed":
-        sharding(engine)
-        if engine.precision == "fp32" and dtype != "fp32":
-            raise InputError(f"engine.precision=fp32 and model.dtype={dtype}: set both alike")
-        check_zero(pick_device(engine.device).type)
-
-
-def sharding(engine: Any) -> Zero:
-    """conf/engine's ZeRO settings. Raises InputError."""
-    extra: Any = OmegaConf.to_container(engine.extra, resolve=True)
-    return Zero(engine.stage, engine.precision, engine.offload, engine.offload_weights,
-                engine.bucket, extra)  # fmt: skip
 
 
 def learning_rate(cfg: Any, steps: int) -> LearningRate:
@@ -180,6 +105,7 @@ def assemble(cfg: DictConfig) -> Parts:
     check(cfg)
     dataset = build(cfg.data.dataset)
     IndexSampler(dataset, cfg.data.batch_size, cfg.seed)
+    check_data(cfg, dataset)
     lora: LoRA | None = build(cfg.adapter) if cfg.adapter is not None else None
     rate = learning_rate(cfg.optim, cfg.train.steps)
     # Refuses the optimizer's settings before the weights are read: a matrix and a vector to hold.
@@ -191,14 +117,20 @@ def assemble(cfg: DictConfig) -> Parts:
             f"engine={cfg.engine.name} shards an optimizer that works on flat pieces, and "
             f"{type(optimizer).__name__} does not: choose engine=none or ddp, or optim=adamw"
         )
-    evaluation = build(cfg.evaluation) if OmegaConf.select(cfg, "evaluation._target_") else None
-    heldout = build(cfg.heldout) if OmegaConf.select(cfg, "heldout._target_") else None
-    monitor = build(cfg.monitor) if OmegaConf.select(cfg, "monitor._target_") else Blind()
-    reward = build(cfg.reward) if cfg.reward is not None else None
+    made: list[Any] = []
+
+    def part(key: str, wanted: str) -> Any:
+        found = OmegaConf.select(cfg, wanted) is not None
+        made.append(build(cfg[key]) if found else None)
+        return made[-1]
+
     try:
-        return _fitted(cfg, dataset, lora, rate, evaluation, heldout, monitor, reward)
+        names = ("evaluation", "heldout", "monitor")
+        evaluation, heldout, monitor = (part(name, f"{name}._target_") for name in names)
+        reward = part("reward", "reward")
+        return _fitted(cfg, dataset, lora, rate, evaluation, heldout, monitor or Blind(), reward)
     except BaseException:
-        close(reward, evaluation, monitor)  # else their processes keep the command from ending
+        close(*made)  # else their processes keep the command from ending
         raise
 
 
@@ -211,7 +143,7 @@ def _fitted(
     score.tap = monitor.tap
     method: Method = build(cfg.method, **({} if reward is None else {"score": score}))
     for name, spec in method.roles.items():
-        _check_role(cfg, name, spec)
+        check_role(cfg, name, spec)
     check_model(cfg.model)  # after the rest: it imports the models' classes, which takes seconds
     schedule = build(cfg.sampler.schedule) if cfg.get("sampler") is not None else None
     if schedule is not None and cfg.train.export:
@@ -221,20 +153,6 @@ def _fitted(
     )
     check_lineage(cfg, init_of(cfg), method.accepts, parts.schedule_hash)
     return parts
-
-
-def _check_role(cfg: DictConfig, name: str, spec: RoleSpec) -> None:
-    if cfg.engine.kind != "deepspeed":
-        return
-    if spec.kind != "velocity":
-        raise InputError(
-            f"stage={cfg.stage.name} trains a small network: choose engine=none or ddp"
-        )
-    if spec.follows is not None and "zero_quantized_nontrainable_weights" in cfg.engine.extra:
-        raise InputError(
-            f"engine={cfg.engine.name} keeps what is not trained in int8, and {name} is an average "
-            "that must not be rounded: choose engine=zero3"
-        )
 
 
 def build_engine(cfg: DictConfig, parts: Parts, model: Flux2) -> Engine:
@@ -289,9 +207,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             base=asdict(model.info),
             trained=list(engine.roles.trainable),
             # What judged pairs trains as a reward does.
-            rewards=trained_rewards(
-                cfg, run.path, (*parts.score.engines, *judges(parts.dataset))
-            ),
+            rewards=trained_rewards(cfg, run.path, (*parts.score.engines, *judges(parts.dataset))),
             schedule_hash=parts.schedule_hash,
         )
         with Log(run.path, cfg.logger, cfg.train.steps, engine.step) as log:

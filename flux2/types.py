@@ -183,7 +183,7 @@ class RoleSpec:
             transformer's hidden states, b n w, to b n `out`.
         follows: a role whose weights this one tracks by exponential moving average.
         decay: of that average, per update of the role followed; 0 copies it.
-        out: length of a projector's outputs.
+        out: length of a projector's outputs. block: whose hidden states it takes; the first is 1.
     """
 
     trainable: bool = False
@@ -191,6 +191,7 @@ class RoleSpec:
     follows: str | None = None
     decay: float = 0.0
     out: int = 0
+    block: int = 1
 
 
 @dataclass(frozen=True)

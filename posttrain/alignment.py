@@ -64,7 +64,8 @@ class Alignment:
     @property
     def roles(self) -> Mapping[str, RoleSpec]:
         """P."""
-        return {"projector": RoleSpec(trainable=True, kind="projector", out=self.features.dim)}
+        out = self.features.dim
+        return {"projector": RoleSpec(trainable=True, kind="projector", out=out, block=self.block)}
 
     @property
     def turns(self) -> tuple[Turn, ...]:

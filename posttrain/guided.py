@@ -52,7 +52,7 @@ class Guided:
         low, high = self.scale if len(self.scale) == 2 else (math.nan, math.nan)
         if not 0 < low <= high < math.inf:
             raise InputError(
-                f"method.target.scale is {list(self.scale)}: give [low, high], both above 0"
+                f"method.target.scale is {list(self.scale)}: give [low, high], 0 < low ≤ high"
             )
         if self.unconditional not in ("self", "reference"):
             raise InputError(

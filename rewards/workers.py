@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar
 
 from flux2.errors import InputError
@@ -66,6 +67,7 @@ def _attempt(function: Callable[[Any], Any], item: Any) -> _Outcome:
 def _serve(pipe: connection.Connection, factory: bytes) -> None:
     """The child: build once, then answer until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent may have ignored it for a moment
     # The factory comes pickled, because unpickling it imports the libraries that read these.
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     try:
@@ -104,6 +106,9 @@ class _Child:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         process = context.Process(target=_serve, args=(theirs, self._factory), daemon=True)
         process.start()
+        # At the parent's exit multiprocessing sends SIGTERM and waits: for ever, where the child
+        # was started while the parent ignored that signal.
+        Finalize(None, process.kill, exitpriority=10)
         theirs.close()
         self._process = process
         if self._ended:  # `end` came too early to see the process

@@ -146,7 +146,7 @@ def test_a_run_leaves_its_directory(call, tmp_path):
         (["seed=[1"], ["cannot read 'seed=[1'"]),
         (["needed=???"], ["needed", "needed=…"]),
         (["seed=${nowhere}"], ["nowhere"]),
-        (["arguments={group: 1}"], ["'arguments' cannot be set so: Key 'group'"]),
+        (["arguments={group: 1}"], ["arguments has no 'group'", "write +arguments.group="]),
         (["--stage=fine"], ["unknown option --stage", "write stage=fine"]),
         (["seed=1", "-m", "stage=fine"], ["'stage=fine' comes after an option"]),
         (["-m", "stage=fine,refues"], ["no stage 'refues'"]),

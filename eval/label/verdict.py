@@ -136,7 +136,10 @@ def _row(folder: Path, pair: Pair, verdict: Verdict, names: tuple[str, str]) -> 
         "votes": {side: verdict.votes.get(side, 0) for side in ("a", "b", "tie")},
         "won": None if verdict.winner == "tie" else names[winner == "b"],
     }
-    return row | {"meta": {**pair.meta, "label": label}}
+    meta = dict(pair.meta)
+    if winner == "b" and isinstance(judged := meta.get("rewards"), list):
+        meta["rewards"] = judged[::-1]  # the winner's first, as in every file of pairs
+    return row | {"meta": {**meta, "label": label}}
 
 
 def _copied(folder: Path, file: Path, stem: str) -> str:

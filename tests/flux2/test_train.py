@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
+from flux2.checks import _check_best
 from flux2.errors import InputError
-from flux2.train import _check_best
 
 
 @pytest.mark.parametrize(

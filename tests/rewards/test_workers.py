@@ -302,6 +302,29 @@ def test_a_program_that_forgets_to_close_ends_by_itself(jobs: ModuleType, tmp_pa
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "9", "")
 
 
+def test_a_program_that_starts_them_while_it_ignores_sigterm_ends_by_itself(
+    jobs: ModuleType, tmp_path: Path
+) -> None:
+    """multiprocessing would send its children a SIGTERM that they ignore, and wait for them."""
+    done = run_script(
+        tmp_path,
+        """
+        import signal, time
+        import jobs_for_workers as jobs
+        from rewards.workers import Workers
+
+        if __name__ == "__main__":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            workers = Workers(jobs.build, 1)
+            workers.submit([("square", 3)])
+            time.sleep(0.3)  # the child begins, and has not come to its own handlers
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            raise SystemExit(2)
+        """,
+    )
+    assert done.returncode == 2
+
+
 def test_an_unguarded_script_is_told_so_and_does_not_fork_for_ever(
     jobs: ModuleType, tmp_path: Path
 ) -> None:
