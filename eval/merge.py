@@ -181,13 +181,14 @@ def _evaluate(
     from flux2.roles import velocity_of
 
     folder = run.path / "grid" / f"{number:02d}"
-    facts = {"run": cfg.run.id, "name": label(weights), "stage": "merge", "step": 0}
+    name = f"{run.path.name}, weights {label(weights)}"
+    facts = {"run": cfg.run.id, "name": name, "stage": "merge", "step": 0}
     if distributed.broadcast((folder / "evaluation.json").is_file()):
         shot = Evaluation.load(folder) if distributed.is_main() else None
-        if distributed.broadcast(shot is not None and shot.identity["name"] == facts["name"]):
+        if distributed.broadcast(shot is not None and shot.identity["name"] == name):
             return shot
     role = velocity_of(model, cfg.engine.autocast)
-    return held.evaluate(model, role, f"weights {facts['name']}", facts, folder)
+    return held.evaluate(model, role, f"weights {label(weights)}", facts, folder)
 
 
 # ---------------------------------------------------------------- which is best

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eval.checks import DECIDES, Held, Metered, Table, Trend, changed, mean, measured, table_of
 from eval.dials import (
+    DIALS,
     IMAGE,
     Flag,
     ImageDials,
@@ -85,7 +86,8 @@ class HackMonitor:
         check_limits(self._limits)
         for name in self.stop_on:
             if dial_of(name, {}) is None:
-                raise InputError(f"monitor.stop_on has {name!r}, which is no dial: docs/monitor.md")
+                known = ", ".join(sorted(DIALS))
+                raise InputError(f"monitor.stop_on has {name!r}, which is no dial: {known}")
         if self.heldout is not None and self.heldout.every < 1:
             raise InputError("monitor.heldout.every is 0: give the steps between two checks")
         self._dials, self._watch = ImageDials(), Watch(self._limits, self.baseline, self.window)
