@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(RUN) run.py
 
 test: $(STAMP)
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Its parts go on where an earlier, interrupted `make nano` stopped.
 nano: $(STAMP)

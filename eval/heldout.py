@@ -28,7 +28,7 @@ from flux2.checkpoint import on_main
 from flux2.data.loader import Collator
 from flux2.data.record import Dataset, Record
 from flux2.errors import InputError
-from flux2.generate import Sampler, buckets
+from flux2.generate import Sampler, rank_chunks
 from flux2.lineage import rewards_of
 from flux2.log import Log, progress
 from flux2.model import Flux2
@@ -152,18 +152,9 @@ class HeldOut:
         }
 
     def _shares(self, label: str) -> Iterator[tuple[list[Record], int]]:
-        """This rank's records by chunk, each with how many are its own; equally many chunks of
-        equal sizes on every rank, so that sharded weights are gathered by all together."""
-        size, rank = distributed.size(), distributed.rank()
+        """This rank's records by chunk, each with how many are its own (`rank_chunks`)."""
         most = max(1, self.sampler.chunk // self.noises)
-        chunks: list[tuple[list[Record], int]] = []
-        for group in buckets(self.records()):
-            for at in range(0, len(group), most * size):
-                part = group[at : at + most * size]
-                share = -(-len(part) // size)
-                mine = part[rank * share : (rank + 1) * share]
-                padding = [part[-1]] * (share - len(mine))
-                chunks.append((mine + padding, len(mine)))
+        chunks = list(rank_chunks(self.records(), most))
         yield from progress(chunks, label, sum(own for _, own in chunks), lambda chunk: chunk[1])
 
     def _batch(self, collate: Collator, records: Sequence[Record]) -> tuple[Batch, list[int]]:

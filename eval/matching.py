@@ -11,7 +11,6 @@ its answer stands for, v_u + (v − v_u)/g, which costs a second forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,7 @@ from flux2.data.record import Dataset, Record
 from flux2.errors import InputError
 from flux2.files import read_json, write_json
 from flux2.flow import TimeDensity, Uniform, interpolate, target_velocity, unguide
-from flux2.generate import buckets
+from flux2.generate import rank_chunks
 from flux2.log import Log
 from flux2.model import Flux2
 from flux2.rng import Rng
@@ -93,23 +92,12 @@ class MatchingLoss:
         records = self.records()
         row = {r.id: k for k, r in enumerate(records)}
         found = torch.full((self.samples, self.bins), torch.nan, dtype=torch.float64)
-        for part, own in self._shares(records):
+        for part, own in rank_chunks(records, self.chunk):
             batch = collate(part, torch.tensor([r.id for r in part]))
             losses = self._losses(velocity, batch, scale)
             ids = distributed.gather(batch.ids[:own]).tolist()
             found[[row[i] for i in ids]] = distributed.gather(losses[:own])
         return found
-
-    def _shares(self, records: list[Record]) -> Iterator[tuple[list[Record], int]]:
-        """This rank's records by chunk, and how many of them are its own; equally many chunks of
-        equal sizes on every rank, so that sharded weights are gathered by all together."""
-        size, rank = distributed.size(), distributed.rank()
-        for group in buckets(records):
-            for at in range(0, len(group), self.chunk * size):
-                part = group[at : at + self.chunk * size]
-                share = -(-len(part) // size)
-                mine = part[rank * share : (rank + 1) * share]
-                yield mine + [part[-1]] * (share - len(mine)), len(mine)
 
     def _losses(self, velocity: Velocity, batch: Batch, scale: float | None) -> Tensor:
         """batch: b → b × bins."""

@@ -101,6 +101,19 @@ def buckets(records: list[Any]) -> Iterator[list[Any]]:
     yield from found.values()
 
 
+def rank_chunks(records: list[Any], most: int) -> Iterator[tuple[list[Any], int]]:
+    """This rank's records in chunks of one bucket and at most `most`, each with how many of them
+    are its own; the others repeat the last. Every rank has as many chunks of equal sizes, so that
+    sharded weights are gathered by all together."""
+    size, rank = distributed.size(), distributed.rank()
+    for group in buckets(records):
+        for at in range(0, len(group), most * size):
+            part = group[at : at + most * size]
+            share = -(-len(part) // size)
+            mine = part[rank * share : (rank + 1) * share]
+            yield mine + [part[-1]] * (share - len(mine)), len(mine)
+
+
 def sample(cfg: Any) -> Mapping[str, Any]:
     """stage=sample: images of `prompts`, or of a dataset's first records, with what made them."""
     from PIL import Image

@@ -17,7 +17,7 @@ from flux2.rng import Rng
 from flux2.samplers import sample_euler
 from flux2.schedule import Grid
 from flux2.types import Batch, Metrics, Score, Scores, Velocity
-from posttrain.advantages import Advantage
+from posttrain.advantages import FLAT, Advantage
 
 
 def check_group(group: int) -> None:
@@ -92,10 +92,6 @@ def join_scores(scores: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The chunks' scores in one, by name."""
     names = scores[0] if scores else {}
     return {n: torch.cat([s[n] for s in scores]) for n in names}
-
-
-FLAT = 1e-4
-"""A smaller range of rewards is none (`posttrain.advantages`)."""
 
 
 @dataclass(frozen=True)

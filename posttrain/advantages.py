@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from flux2.distributed import gather
 from flux2.errors import InputError
 from flux2.types import Metrics
+
+FLAT: Final = 1e-4
+"""A smaller range of rewards within a group is none."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Advantages:
 
 
 def group_advantages(
-    rewards: Tensor, groups: Tensor, bound: float = 5.0, eps: float = 1e-4
+    rewards: Tensor, groups: Tensor, bound: float = 5.0, eps: float = FLAT
 ) -> Advantages:
     """A = (R − mean_group) / (std_group + eps), |A| ≤ bound (GRPO, arXiv 2402.03300; std with n
     below).

@@ -12,22 +12,21 @@ their shares; it is found by raking (iterative proportional fitting, Deming and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from flux2.data.order import (
     Law,
-    describe,
+    Redrawn,
     describe_all,
     digest,
-    identity,
     law_of,
     table,
     tags_of,
 )
-from flux2.data.record import Dataset, Record
+from flux2.data.record import Dataset
 from flux2.errors import InputError
 
 SHOWN = 20
@@ -37,7 +36,7 @@ SWEEPS = 2000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Balanced:
+class Balanced(Redrawn):
     """A dataset whose records are drawn by their tags. It changes no record.
 
     Attributes:
@@ -82,20 +81,6 @@ class Balanced:
         object.__setattr__(self, "_rows", tuple(np.asarray(rows) for rows in found.values()))
         self.law(0)  # refuses shares that cannot be had
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.dataset[index]
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """The dataset's."""
-        return self.dataset.bucket_of(index)
-
-    def describe(self, index: int) -> Record:
-        """The record without images."""
-        return describe(self.dataset, index)
-
     def law(self, step: int) -> Law:
         """The dataset's law, tilted."""
         inner = law_of(self.dataset, step)
@@ -123,16 +108,6 @@ class Balanced:
             weights *= factor
         prior = {t: (self._rows[self._names.index(t)], s) for t, s in (self.prior or {}).items()}
         return Law(inner.since, rake(weights / weights.sum(), prior), inner.parts, inner.once)
-
-    @property
-    def identity(self) -> str:
-        """The dataset's."""
-        return identity(self.dataset)
-
-    @property
-    def inner(self) -> Sequence[Dataset]:
-        """The dataset."""
-        return (self.dataset,)
 
     def report(self) -> Iterator[str]:
         """A table of the tags: raw share, target, and what the first step's law achieves."""

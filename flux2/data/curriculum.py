@@ -12,10 +12,9 @@ import numpy as np
 from flux2.data.complexity import LEVELS, level_of
 from flux2.data.order import (
     Law,
-    describe,
+    Redrawn,
     describe_all,
     field_of,
-    identity,
     law_of,
     table,
 )
@@ -24,7 +23,7 @@ from flux2.errors import InputError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Curriculum:
+class Curriculum(Redrawn):
     """A dataset whose records are admitted level by level, as the steps go on. It changes none.
 
     A stage begins at a step and names the levels that it admits; those of the stages before it keep
@@ -132,20 +131,6 @@ class Curriculum:
         parts = [self._levels[n] for n in dict.fromkeys(map(str, levels)) if n in self._levels]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.dataset[index]
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """The dataset's."""
-        return self.dataset.bucket_of(index)
-
-    def describe(self, index: int) -> Record:
-        """The record without images."""
-        return describe(self.dataset, index)
-
     def stage_of(self, step: int) -> int:
         """The number of the stage that a step lies in, from 0."""
         return int(np.searchsorted(self._starts, step, side="right")) - 1
@@ -189,16 +174,6 @@ class Curriculum:
             if share:
                 weights[rows] = share * base[rows] / total
         return weights
-
-    @property
-    def identity(self) -> str:
-        """The dataset's."""
-        return identity(self.dataset)
-
-    @property
-    def inner(self) -> Sequence[Dataset]:
-        """The dataset."""
-        return (self.dataset,)
 
     def report(self) -> Iterator[str]:
         """A table: of each level its records, and its share of the samples by stage."""

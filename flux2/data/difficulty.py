@@ -13,7 +13,7 @@ The floor keeps every prompt in the draw: what was hopeless may be no longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from flux2 import distributed
-from flux2.data.order import Law, describe, identity, law_of
-from flux2.data.record import Dataset, Record
+from flux2.data.order import Law, Redrawn, law_of
+from flux2.data.record import Dataset
 from flux2.errors import InputError
 
 SIGNALS = ("success", "spread")
 
 
 @dataclass(eq=False, repr=False)
-class Resampled:
+class Resampled(Redrawn):
     """A dataset whose records are drawn by what they scored. It changes none, and is the outermost.
 
     Its state is what was seen of each prompt; it is the same on every rank and for any number of
@@ -75,20 +75,6 @@ class Resampled:
         count = len(self.dataset)
         self._value, self._mean = np.zeros(count), np.zeros(count)
         self._seen = np.zeros(count, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.dataset[index]
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """The dataset's."""
-        return self.dataset.bucket_of(index)
-
-    def describe(self, index: int) -> Record:
-        """The record without images."""
-        return describe(self.dataset, index)
 
     def law(self, step: int) -> Law:
         """Of this step alone, by what is known now. Until anything is, the dataset's own shares."""
@@ -179,16 +165,6 @@ class Resampled:
             array = getattr(self, f"_{name}")
             array[:] = 0
             array[rows] = torch.as_tensor(state[name]).numpy()
-
-    @property
-    def identity(self) -> str:
-        """The dataset's."""
-        return identity(self.dataset)
-
-    @property
-    def inner(self) -> Sequence[Dataset]:
-        """The dataset."""
-        return (self.dataset,)
 
     def report(self) -> Iterator[str]:
         """A line."""

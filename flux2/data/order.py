@@ -206,6 +206,36 @@ def report(dataset: Dataset) -> list[str]:
     return [line for d in walk(dataset) if isinstance(d, Reporting) for line in d.report()]
 
 
+class Redrawn:
+    """What a dataset has of the one it is over, if it only changes how often records are drawn."""
+
+    dataset: Dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.dataset[index]
+
+    def bucket_of(self, index: int) -> tuple[int, int, int]:
+        """The dataset's."""
+        return self.dataset.bucket_of(index)
+
+    def describe(self, index: int) -> Record:
+        """The record without images."""
+        return describe(self.dataset, index)
+
+    @property
+    def identity(self) -> str:
+        """The dataset's."""
+        return identity(self.dataset)
+
+    @property
+    def inner(self) -> Sequence[Dataset]:
+        """The dataset."""
+        return (self.dataset,)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of aligned columns, the first to the left and the others to the right."""
     everything = [list(header), *map(list, rows)]

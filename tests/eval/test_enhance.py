@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -335,15 +333,7 @@ def test_a_writer_that_sees_nothing_gets_no_edits(tmp_path: Path, monkeypatch: A
 
 
 @pytest.mark.slow
-def test_through_the_command_then_sft_and_nft_on_the_mixture(tmp_path: Path):
-    def command(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "run.py", *arguments],
-            cwd=ROOT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
+def test_through_the_command_then_sft_and_nft_on_the_mixture(tmp_path: Path, command: Any):
     def answer(asked: Asked, number: int) -> Reply:
         words = asked.request["messages"][1]["content"][-1]["text"]
         prompt = PROMPT.search(words)

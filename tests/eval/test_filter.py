@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,15 +138,7 @@ def test_wrong_settings_are_one_line(change: dict[str, Any], says: str):
 
 
 @pytest.mark.slow
-def test_filter_then_train_with_dynamic_sampling_and_resume(tmp_path: Path):
-    def command(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "run.py", *arguments],
-            cwd=ROOT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
+def test_filter_then_train_with_dynamic_sampling_and_resume(tmp_path: Path, command: Any):
     run = tmp_path / "filter"
     command("stage=filter", "reward=signs", "count=8", "group=3", "chunk=4", "range=0.01",
             "sampler.steps=3", "launch.threads=1", f"run.dir={run}")  # fmt: skip

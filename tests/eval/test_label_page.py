@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from eval.label.answers import Answer, other, read_all
 from eval.label.session import Item, schedule
@@ -33,27 +33,10 @@ from flux2.data.pairs import Pairs
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[label]'")
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome")
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",  # a machine without a network
-)  # fmt: skip
 HOSTILE = '</script><img src=x onerror="document.title=1"> ${document.title=2} {{prompt}} 看板'
 COUNT = 6
 WAIT = 60.0
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser is installed: {', '.join(BROWSERS)}")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 def make_pairs(folder: Path) -> Path:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -278,17 +276,8 @@ def test_wrong_settings_are_one_line(change: dict[str, Any], says: str):
 # ---------------------------------------------------------------- through run.py
 
 
-def command(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "run.py", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.mark.slow
-def test_pairs_then_dpo_and_kto_on_the_nano_model(tmp_path: Path):
+def test_pairs_then_dpo_and_kto_on_the_nano_model(tmp_path: Path, command: Any):
     """A round: pairs of the base, DPO on them (interrupted and resumed), pairs of the result."""
     make = ("stage=pairs", "reward=signs", "count=6", "group=3", "margin=0", "chunk=2",
             "sampler.steps=3", "launch.threads=1")  # fmt: skip
@@ -321,7 +310,7 @@ def test_pairs_then_dpo_and_kto_on_the_nano_model(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_is_one_line_and_exit_2(tmp_path: Path):
+def test_what_cannot_be_is_one_line_and_exit_2(tmp_path: Path, command: Any):
     for arguments in (("stage=pairs", "group=1"), ("stage=pairs", "reward=null"),
                       ("stage=dpo",), ("stage=kto", "data.dataset.path=/nowhere"),
                       ("stage=dpo", "method.beta=0", "data.dataset.path=/nowhere")):  # fmt: skip
@@ -338,7 +327,7 @@ def numbers(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(("stage", "engine"), [("dpo", "ddp"), ("dpo", "zero3"), ("kto", "zero3")])
-def test_two_ranks_train_as_one_does(stage: str, engine: str, tmp_path: Path):
+def test_two_ranks_train_as_one_does(stage: str, engine: str, tmp_path: Path, command: Any):
     """Winners are signs, losers the next record's; each rank has two pairs, in micro-batches."""
     world, rows = SignWorld("train", length=9), []
     for k in range(8):

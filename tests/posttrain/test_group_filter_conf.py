@@ -23,6 +23,7 @@ def composed(*overrides: str):
     [
         (("stage=grpo",), True),
         (("stage=grpo", "sampler.guidance=1"), False),
+        (("stage=nft", "method.guidance=1"), False),
         (("stage=grpo", "sampler.guidance=1.0", "method.train_guidance=2"), True),
         (("stage=nft", "sampler.guidance=1", "anchor=guided", "method.anchor.guidance=3"), True),
         (("stage=awm", "sampler.guidance=1", "anchor=velocity"), False),
