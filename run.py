@@ -20,7 +20,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -39,8 +39,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from flux2 import distributed, launch
+from flux2 import distributed, launch, pipeline
 from flux2.errors import InputError
+from flux2.examine import STAGE, Composed, examine_links
 from flux2.files import disk_fault
 from flux2.ranks import attend, create, started_by_launcher, undisturbed, without_local_rank
 from flux2.runs import Interrupted, finished
@@ -61,17 +62,16 @@ def job(cfg: DictConfig) -> dict[str, Any]:
     Among several ranks every one calls this, with the same configuration; rank 0 alone writes the
     run's files. Raises what the stage raises, after the manifest's status has been set.
     """
-    if cfg.recipe.stage not in (None, cfg.stage.name) and cfg.stage.name != "plan":
-        raise InputError(_mismatch(cfg.recipe.stage, cfg.stage.name))
-    if (summary := finished(cfg)) is not None:
+    _check_recipe(cfg)
+    chain = cfg.stage.name == STAGE  # it looks at its links itself, and has no torch
+    if not chain and (summary := finished(cfg)) is not None:
         print(f"{cfg.run.dir} is done already, with this configuration", flush=True)
         return summary
-    if cfg.launch.threads is not None:
+    if cfg.launch.threads is not None and not chain:
         import torch
 
         torch.set_num_threads(cfg.launch.threads)
     if distributed.launched():
-
         distributed.start(distributed.pick_device(OmegaConf.select(cfg, "engine.device") or "auto"))
     run = create(cfg)
 
@@ -110,6 +110,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if arguments[:1] == [launch.WORKER]:
         return launch.work(arguments[1:], job, lambda error: _ending(error, ()))
+    if arguments[:1] == [pipeline.LINKS]:
+        return examine_links(arguments[1:], _composed, _ending)
+    if arguments[:1] == [pipeline.LINK]:
+        return pipeline.run_link(arguments[1:], _perform, _ending)
     try:
         started = started_by_launcher()
     except InputError as error:
@@ -134,13 +138,13 @@ def main() -> int:
     return attend(command, job, lambda error: _ending(error, arguments), _say)
 
 
-def _perform(cfg: DictConfig) -> int:
+def _perform(cfg: DictConfig, say: Callable[[int, str], int] | None = None) -> int:
     """One job, here or on the ranks that it asks for; returns its exit code."""
     if launch.check(cfg) == 1:
         job(cfg)
         return DONE
     code, text = launch.start(cfg, Path(__file__))
-    _say(code, text)
+    (say or _say)(code, text)
     if code > 128:
         raise Interrupted(code - 128)
     return code
@@ -211,6 +215,36 @@ def _command_line(arguments: Sequence[str]):
         sys.argv = whole
 
 
+def _composed(words: Sequence[str], common: Sequence[str]) -> Composed:
+    """What a link's command line composes to, and as much of `common` as it has keys for."""
+    cfg, choices = _compose(words)
+    known = {*_keys(cfg), *choices}
+    if not choices.get("model"):  # a stage that takes its model from its parent
+        known.discard("model")
+    parsed = OverridesParser.create().parse_overrides(list(common))
+    pairs = zip(common, parsed, strict=True)
+    taken = [word for word, o in pairs if o.is_add() or o.key_or_group in known]
+    if taken:
+        cfg, choices = _compose([*words, *taken])
+    _check_recipe(cfg)
+    return cfg, choices, set(taken)
+
+
+def _compose(words: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """(a command line's configuration without Hydra's part, the choices of its groups)"""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", list(words), return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    _check_named(cfg, choices)
+    cfg = cfg.copy()
+    OmegaConf.set_readonly(cfg, False)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    OmegaConf.set_struct(cfg, True)
+    return cfg, choices
+
+
 def _interrupt(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
 
@@ -218,13 +252,22 @@ def _interrupt(signum: int, _: FrameType | None) -> None:
 def _placed(cfg: DictConfig, sweep: bool) -> DictConfig:
     """`cfg` with the directory that Hydra chose for the job, and the sweep's W&B group."""
     now = HydraConfig.get()
-    recipe = now.runtime.choices.get("experiment")
-    if recipe is not None and cfg.recipe.stage is None:
-        raise InputError(f"recipe {recipe} does not say its stage; add recipe: {{stage: …}} to it")
+    _check_named(cfg, now.runtime.choices)
     if sweep and cfg.logger.group is None:
         cfg.logger.group = Path(now.sweep.dir).name
     cfg.run.dir = now.runtime.output_dir
     return cfg
+
+
+def _check_named(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
+    recipe = choices.get("experiment")
+    if recipe is not None and cfg.recipe.stage is None:
+        raise InputError(f"recipe {recipe} does not say its stage; add recipe: {{stage: …}} to it")
+
+
+def _check_recipe(cfg: DictConfig) -> None:
+    if cfg.recipe.stage not in (None, cfg.stage.name) and cfg.stage.name != "plan":
+        raise InputError(_mismatch(cfg.recipe.stage, cfg.stage.name))
 
 
 # ---------------------------------------------------------------- going on with a stored run
@@ -287,6 +330,8 @@ def _ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """The exit code that an exception means, and what to say: one line, or the traceback."""
     if isinstance(error, Interrupted):
         return 128 + int(error.signum), "\n".join(getattr(error, "__notes__", ()))
+    if isinstance(error, pipeline.LinkEnded):
+        return error.code, str(error)
     text = _explain(error, arguments) if isinstance(error, Exception) else None
     if text is None and (fault := disk_fault(error)) is not None:
         return FAILED, f"error: {fault}"

@@ -192,6 +192,8 @@ class Held:
         of: what it is made of, with weights; {}: none decides.
         best: step of its best check; None: none may be.
         over, back: `Trend`'s.
+        inside: whether all corridors hold. entered: whether they ever did, all at once.
+        left: why a corridor ends the run; None: none does.
     """
 
     step: int = -1
@@ -199,3 +201,6 @@ class Held:
     best: int | None = None
     over: bool = False
     back: bool = False
+    inside: bool = True
+    entered: bool = True
+    left: str | None = None

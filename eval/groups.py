@@ -156,12 +156,12 @@ def judge(cfg: Any, gave: Gave, may: str) -> tuple[Path, int]:
     """
     from flux2.distributed import pick_device
     from flux2.lineage import ROLES, check_lineage, init_of, trained_rewards
-    from flux2.model import check_model, load_initial
+    from flux2.model import check_initial, load_initial
     from flux2.roles import velocity_of
     from flux2.scorer import Scorer, close
     from flux2.train import build
 
-    check_model(cfg.model)
+    check_initial(cfg)
     check_lineage(cfg, init_of(cfg), ROLES)
     sampler, dataset = build(cfg.sampler), build(cfg.data.dataset)
     reward = build(cfg.reward)

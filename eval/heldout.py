@@ -7,6 +7,7 @@ autoencoder's round trip: no generator can be expected to beat it.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 from eval import tables
 from eval.evaluation import FOLDER, Evaluation, find
 from eval.images import read_image
+from eval.ladder import AtSize, Ladder, climb, settings, stored
 from eval.measure import Measure, save, staging
 from eval.records import compare, summarise
 from eval.suite import Suite
@@ -53,6 +55,7 @@ class HeldOut:
         shown: images of the before/after picture.
         headline: values told beside the progress.
         control: value → gain of the control that the recipe stores, shown beside ours.
+        ladder: further numbers of steps (and sizes), evaluated at the same times.
     """
 
     dataset: Dataset
@@ -68,6 +71,7 @@ class HeldOut:
     shown: int = 24
     headline: Sequence[str] = ()
     control: Mapping[str, Any] | None = None
+    ladder: Ladder | None = None
     _history: dict[int, Evaluation] = field(default_factory=dict)
     _measured: set[int] = field(default_factory=set)
     _known: Mapping[str, float] | None = field(default=None, init=False, repr=False)
@@ -87,6 +91,15 @@ class HeldOut:
     def records(self) -> list[Record]:
         """The held-out records, in order."""
         return [self.dataset[i] for i in range(self.prompts)]
+
+    def sampled(self, sampler: Sampler, size: tuple[int, int] | None = None) -> HeldOut:
+        """The same prompts, noise and metrics under another sampler, at the dataset's own size or
+        at (height, width); for `evaluate` alone."""
+        other = copy.copy(self)
+        other.sampler = sampler
+        if size is not None:
+            other.dataset, other._known = AtSize(self.dataset, size), None
+        return other
 
     # ------------------------------------------------------------ one evaluation
 
@@ -129,6 +142,7 @@ class HeldOut:
             "model": model.info.name, "model_hash": model.info.hash, "role": model.info.role,
             "solver": self.sampler.solver, "steps": self.sampler.steps,
             "guidance": float(self.sampler.guidance), "grid": "+".join(sorted(grids)),
+            "embedded_guidance": model.info.guidance,
             "forwards": self.sampler.forwards, "seconds": round(spent / share, 6),
             "device": _device(model.device), "dataset": type(self.dataset).__name__,
             "noise_seed": self.seed, "size": sorted(sizes),
@@ -189,6 +203,7 @@ class HeldOut:
     def start(self, cfg: Any, model: Flux2, roles: Any, log: Log, step: int) -> None:
         """Evaluates the model as it is; a resumed run reads what it measured before."""
         self._model, self._role, self._log = model, roles[roles.trainable[0]], log
+        self._teacher = frozen_teacher(roles) if self.ladder and self.ladder.teacher else None
         run = Path(cfg.run.dir)
         self._folder = run / FOLDER
         self.suite = self.suite.mark(distributed.broadcast(rewards_of(run)))
@@ -203,9 +218,18 @@ class HeldOut:
         if (step == 0 and self.before) or (step and self.every and step % self.every == 0):
             for at in {step} - self._measured:
                 self._measure(at)
+            if self.ladder is not None and on_main(lambda: stored(run, step)) is None:
+                self._climb(step)
 
     def _check_history(self) -> None:
         """Refuses an evaluation that cannot be compared with what the run measured before."""
+        for at in self._history if self.ladder is not None else ():
+            was = stored(self._folder.parent, at)
+            if was is not None and was["settings"] != settings(self):
+                raise InputError(
+                    f"{self._folder.parent} has a ladder of other rungs at step {at}: resume with "
+                    "the evaluation.ladder that it began with, or in another run.dir by init_from"
+                )
         engines = {self.suite.engine(key) for key in self.suite.present}
         for at, shot in self._history.items():
             was = shot.identity
@@ -253,15 +277,25 @@ class HeldOut:
             {**self._facts, "step": step}, self._folder / f"step_{step:06d}",
         )  # fmt: skip
         self._measured.add(step)
-        if shot is None:
-            return
-        self._history[step] = shot
-        means = self.latest(step)
-        shown = self.headline or list(means)[:4]
-        self._log.print(
-            f"step {step}: held-out "
-            + ", ".join(f"{n} {means[n]:.3f}" for n in shown if n in means)
-        )
+        if shot is not None:
+            self._history[step] = shot
+            means = self.latest(step)
+            shown = self.headline or list(means)[:4]
+            self._log.print(
+                f"step {step}: held-out "
+                + ", ".join(f"{n} {means[n]:.3f}" for n in shown if n in means)
+            )
+        if self.ladder is not None:
+            self._climb(step)
+
+    def _climb(self, step: int) -> None:
+        """The ladder of a step whose own evaluation is there; all ranks together."""
+        found = climb(
+            self, self._model, self._role, self._teacher, {**self._facts, "step": step},
+            self._folder.parent, step, self._history.get(step),
+        )  # fmt: skip
+        if found:
+            self._log.print(f"\nladder at step {step}\n{found['table']}")
 
     def finish(self, step: int) -> dict[str, Any]:
         """Evaluates the result, prints the table before/after, draws pictures; the summary."""
@@ -270,9 +304,10 @@ class HeldOut:
         if not distributed.is_main():
             return {}
         after = self._history[step]
+        ladder = {} if self.ladder is None else {"ladder": stored(self._folder.parent, step)}
         if 0 not in self._history:
             self._log.print("there is no evaluation from before training, so no gain is given")
-            return {"after": self.latest(step), "ceiling": dict(after.ceilings)}
+            return {"after": self.latest(step), "ceiling": dict(after.ceilings), **ladder}
         before = self._history[0]
         both = [n for n in before.results.fingerprints if n in after.results.fingerprints]
         changes = compare(before.results.only(*both), after.results.only(*both))
@@ -308,6 +343,7 @@ class HeldOut:
             "ceiling": dict(after.ceilings),
             "control": dict(self.control or {}),
             "pictures": self._pictures(before, after),
+            **ladder,
         }
 
     def _pictures(self, before: Evaluation, after: Evaluation) -> dict[str, str]:
@@ -332,6 +368,16 @@ class HeldOut:
     def close(self) -> None:
         """Ends the processes of metrics that have some."""
         self.suite.close()
+
+
+def frozen_teacher(roles: Any) -> Velocity:
+    """The role that nothing trains, by its name. Raises InputError where there is none."""
+    if "teacher" not in roles or "teacher" in roles.trainable:
+        raise InputError(
+            "a teacher is to be evaluated, and this method has no frozen role of that name: set "
+            "teacher=null there, and name an evaluation as evaluation.ladder.against"
+        )
+    return roles["teacher"]
 
 
 def trained(evaluation: Evaluation) -> set[str]:

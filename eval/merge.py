@@ -63,6 +63,8 @@ def planned(cfg: Any) -> Plan:
     from flux2.train import build
 
     _check(cfg)
+    if OmegaConf.select(cfg, "evaluation.ladder") is not None:
+        raise InputError("stage=merge compares models at one sampler: choose evaluation=signs")
     names = [str(r) for r in cfg.runs or ()]
     weights: Any = OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None
     points = points_of(len(names), weights, cfg.grid, cfg.tasks)
@@ -120,7 +122,7 @@ def merge(cfg: Any) -> dict[str, Any]:
     from flux2.distributed import pick_device
     from flux2.lineage import rewards_of
     from flux2.merge import parts_of, put
-    from flux2.model import load_model
+    from flux2.model import cut, load_model
     from flux2.scorer import close
     from flux2.train import build
 
@@ -138,6 +140,7 @@ def merge(cfg: Any) -> dict[str, Any]:
         if cfg.dtype == "fp32":
             chosen.dtype = "fp32"  # else the export would be of rounded weights
         model = load_model(chosen, pick_device(cfg.engine.device), seed)
+        cut(model, plan.parents[0].weights.shapes)
         _check_shapes(plan, model)
         results = [p.weights for p in plan.parents]
         shots: list[Evaluation | None] = []

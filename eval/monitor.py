@@ -3,7 +3,8 @@
 It looks at every rollout's images and at what the method logs of itself (`eval.dials`), and now and
 then at held-out samples: the same prompts and noise each time, scored by what training does not
 maximise. A dial beyond its limit is told once. The run ends where the held-out value is worse than
-at its best, by more than chance, in several checks in succession; and what is exported is the best.
+at its best, by more than chance, in several checks in succession, or where a value has left its
+corridor (`eval.corridors`); and what is exported is the best.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from eval.checks import DECIDES, Held, Metered, Table, Trend, changed, mean, measured, table_of
+from eval.corridors import Corridors, check_corridors
 from eval.dials import (
     DIALS,
     IMAGE,
@@ -30,8 +32,10 @@ from eval.dials import (
     dial_in,
     dial_of,
 )
-from eval.evaluation import Evaluation, find
-from eval.heldout import HeldOut
+from eval.distillation import Part
+from eval.evaluation import FACTS, Evaluation, find
+from eval.heldout import HeldOut, frozen_teacher
+from eval.ladder import TEACHER, check_teacher, drawn_by, teachers
 from eval.panels import Panel, panels
 from eval.records import Results
 from eval.suite import Suite
@@ -60,6 +64,12 @@ class HackMonitor:
         limits: dial → its limit, or null for none; the others have those of `eval.dials.DIALS`.
         baseline: first steps of the run that make a dial's baseline. window: last steps that are
             looked at together.
+        corridors: held-out value → its bounds (`eval.corridors.Corridor`). A value that has left
+            them ends the run, and only a check within all of them can be the best, as soon as there
+            was one.
+        teacher: steps, guidance (and solver) with which the frozen role `teacher` is sampled once,
+            on the same prompts and noise, for corridors of its shares.
+        parts: what else watches, by any name.
     """
 
     heldout: HeldOut | None = None
@@ -70,6 +80,9 @@ class HackMonitor:
     limits: Mapping[str, float | None] | None = None
     baseline: int = 5
     window: int = 5
+    corridors: Mapping[str, Any] | None = None
+    teacher: Mapping[str, Any] | None = None
+    parts: Mapping[str, Part | None] | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -90,6 +103,15 @@ class HackMonitor:
                 raise InputError(f"monitor.stop_on has {name!r}, which is no dial: {known}")
         if self.heldout is not None and self.heldout.every < 1:
             raise InputError("monitor.heldout.every is 0: give the steps between two checks")
+        if self.heldout is not None and self.heldout.ladder is not None:
+            raise InputError("monitor.heldout has a ladder: a check has one sampling; drop it")
+        if self.teacher is not None:
+            check_teacher("monitor.teacher", self.teacher)
+        self._rules = check_corridors(self.corridors or {}, self.teacher is not None)
+        if self._rules and self.heldout is None:
+            raise InputError("monitor.corridors are of held-out values: give monitor.heldout")
+        self._axes = Corridors(self._rules, self.alpha)
+        self._parts = {k: p for k, p in (self.parts or {}).items() if p is not None}
         self._dials, self._watch = ImageDials(), Watch(self._limits, self.baseline, self.window)
         self._groups: list[dict[str, float]] = []
         self._errors: dict[str, float] = {}
@@ -105,7 +127,8 @@ class HackMonitor:
 
     def records(self) -> list[Record]:
         """See `Monitor`."""
-        return [] if self.heldout is None else self.heldout.records()
+        mine = [] if self.heldout is None else self.heldout.records()
+        return [*mine, *(r for part in self._parts.values() for r in part.records())]
 
     def close(self) -> None:
         """See `Monitor`."""
@@ -114,7 +137,8 @@ class HackMonitor:
 
     @property
     def stopped(self) -> str | None:
-        """See `Monitor`. A run that was ended goes on with monitor.patience=0 and stop_on=[]."""
+        """See `Monitor`. A run that was ended goes on with monitor.patience=0, stop_on=[] and
+        corridors=null."""
         return self._why
 
     # ------------------------------------------------------------ what it looks at
@@ -146,6 +170,8 @@ class HackMonitor:
         if self.heldout is not None and step % self.heldout.every == 0:
             means = self._check(step)
             found |= {f"monitor/heldout/{k}": v for k, v in means.items()}
+        for part in self._parts.values():
+            found |= part.probe(step)
         seconds, self._seconds = self._seconds + time.perf_counter() - began, 0.0
         return {**found, "time/monitor": seconds}
 
@@ -157,11 +183,15 @@ class HackMonitor:
             if value is not None and (name := dial_in(column)) is not None
         }
         self._tell(self._watch.add(step, numbers, self._prompts))
+        for part in self._parts.values():
+            part.watch(step, row)
         if step in self._means and self._held.step != step:
             self._judge(step)
             if self.stopped is None and self._held.over:
                 self._end(step, f"the held-out value is below that of step {self._held.best} in "
                                 f"{self.patience} checks in succession")  # fmt: skip
+            if self.stopped is None and self._held.left is not None:
+                self._end(step, self._held.left)
 
     def _tell(self, flags: Mapping[str, Flag]) -> None:
         """Each new flag's line; the end of the run where one of them asks for it."""
@@ -190,6 +220,8 @@ class HackMonitor:
         """See `Monitor`. Checks the policy as it is; a resumed run reads its earlier checks."""
         self._log, self._run, self._model, self._began = log, Path(cfg.run.dir), model, step
         self._role, self._facts = roles[roles.trainable[0]], {"run": cfg.run.id}
+        for part in self._parts.values():
+            part.start(cfg, model, roles, log, step)
         held = self.heldout
         if held is None or cfg.train.steps < held.every:  # too short for a comparison
             self.close()
@@ -207,6 +239,8 @@ class HackMonitor:
             shots = find(self._run / "monitor")
             for at in [k for k in self._means if k in shots]:
                 self._take(at, Evaluation.load(shots[at]))
+        if self.teacher is not None:
+            self._reference(held, roles)
         for at in sorted(self._means):
             self._judge(at, told=True)
         if not self._means:
@@ -224,6 +258,25 @@ class HackMonitor:
             )
         log.print(f"monitor: {held.prompts * held.noises} held-out samples every {held.every} "
                   f"steps; {decides}")  # fmt: skip
+        for name, rule in self._rules.items():
+            missing = name not in self._means[max(self._means)]
+            note = ": not measured, as training maximises it, or no metric has it" * missing
+            log.print(f"monitor: {name} is to stay {rule}{note}")
+
+    def _reference(self, held: HeldOut, roles: Any) -> None:
+        """The teacher's samples of the checks' prompts and noise, once a run, by all ranks."""
+        assert self.teacher is not None
+        folder, sampler = self._run / "monitor" / TEACHER, teachers(held.sampler, self.teacher)
+        shot = None
+        if distributed.is_main() and (folder / FACTS).is_file():
+            shot = Evaluation.load(folder)
+        known = shot is not None and drawn_by(shot, sampler, held.seed)
+        if not distributed.broadcast(known):
+            shot = held.sampled(sampler).evaluate(
+                self._model, frozen_teacher(roles), "monitor's teacher", self._facts, folder
+            )
+        if shot is not None:
+            self._axes.teacher = table_of(shot.results, {})
 
     def _check(self, step: int) -> dict[str, float]:
         """Samples the held-out prompts, all ranks together; the means, on all of them."""
@@ -273,13 +326,18 @@ class HackMonitor:
         self._tell(new)
 
     def _follow(self, step: int, table: Table, flags: Mapping[str, Flag]) -> Held:
-        """The value that decides after one more check."""
+        """The value that decides after one more check, and the corridors."""
+        inside, entered = self._axes.add(step, table), self._held.entered and self._held.step >= 0
+        if inside and not entered:
+            self._trend.best, self._trend.worse = None, 0  # those before were not within bounds
+        entered |= inside
+        axes = {"inside": inside, "entered": entered, "left": self._axes.left}
         if not self._weights:
-            return Held(step)
+            return Held(step, **axes)
         clean = not any(self._stops(name) and f.step <= step for name, f in flags.items())
-        self._trend.add(step, table[DECIDES], clean)
+        self._trend.add(step, table[DECIDES], clean and (inside or not entered))
         best = None if self._trend.best is None else self._trend.best[0]
-        return Held(step, self._weights, best, self._trend.over, self._trend.back)
+        return Held(step, self._weights, best, self._trend.over, self._trend.back, **axes)
 
     # ------------------------------------------------------------ what becomes of the run
 
@@ -288,6 +346,8 @@ class HackMonitor:
         to."""
         if self._kept and step == self._began:
             return False
+        if not self._held.of and self._rules:
+            return self._held.step == step and self._held.inside
         if not self._held.of:
             return bool(self.stop_on) and step == self._began
         return self._held.step == step == self._held.best
@@ -295,20 +355,27 @@ class HackMonitor:
     def score(self, step: int) -> Best | None:
         """See `Monitor`. Where a held-out value decides, only a check that was better than all
         before it has a rank, and the later the higher: the trend compares samples in pairs, which
-        means over those that have a value need not agree with. Else, where a dial may end the run,
-        by age."""
-        chosen = self._held.best == step if self._held.of else bool(self.stop_on)
+        means over those that have a value need not agree with. Else, where a corridor or a dial
+        may end the run, by age."""
+        if self._held.of:
+            chosen = self._held.best == step
+        elif self._rules:
+            chosen = self._held.step == step and self._held.inside
+        else:
+            chosen = bool(self.stop_on)
         return ("monitor/step", float(step), "max") if chosen and self._clean(step) else None
 
     def back(self, step: int) -> str | None:
         """See `Monitor`. Checks the last step, if no check has."""
         if not self._clean(step):
             return self._why or "a dial of monitor.stop_on is beyond its limit"
-        if not self._held.of:
+        if not (self._held.of or self._rules):
             return None
         if step not in self._means:
             self._check(step)
             self._judge(step)
+        if self._held.entered and not self._held.inside:
+            return self._held.left or "a value lies outside its corridor at the end"
         if not self._held.back or self._held.best is None:
             return None
         was, now = (self._means[k][DECIDES] for k in (self._held.best, step))
@@ -324,6 +391,12 @@ class HackMonitor:
             header = ["monitor: flagged", "baseline", "then", "at the end", "limit", "at step"]
             now = {n: rows[n]["value"] if n in rows else math.nan for n in flags}
             self._log.table(header, [self._line(n, f, now[n]) for n, f in flags.items()])
+        for name, axis in self._axes.axes.items():
+            if not axis.inside:
+                self._log.print(
+                    f"monitor: {name} is {axis.value:.3g} at the last check, outside its corridor, "
+                    f"{self._rules[name]} ({axis.bound:.3g})" + ", as ever" * (not axis.entered)
+                )
         picture = panels(self._run / "monitor.png", self._panels())
         if flags:
             parts = [f"{len(flags)} flagged"]
@@ -344,6 +417,8 @@ class HackMonitor:
                 "exported": dict(exported),
                 "dials": rows,
                 "picture": str(picture),
+                "corridors": self._axes.rows(),
+                **{name: part.finish() for name, part in self._parts.items()},
             }
         }
 
@@ -387,14 +462,19 @@ class HackMonitor:
                 xs = [x + 1 for x in xs]
             begun = row["baseline"]
             out.append(Panel(name, xs, ys, begun, dial.band(begun), row["flagged"], best))
-        return out
+        return [*out, *(p for part in self._parts.values() for p in part.panels())]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Monitor`. The checks' samples lie in monitor/, beside the checkpoints."""
-        return {"watch": self._watch.state_dict(), "why": self._why, "means": dict(self._means)}
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        own = {"watch": self._watch.state_dict(), "why": self._why, "means": dict(self._means)}
+        return {**own, "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Monitor`."""
         self._watch.load_state_dict(state["watch"])
         self._means, self._kept = dict(state["means"]), True
-        self._why = state["why"] if self.patience or self.stop_on else None
+        for name, kept in state.get("parts", {}).items():
+            if name in self._parts:
+                self._parts[name].load_state_dict(kept)
+        self._why = state["why"] if self.patience or self.stop_on or self._rules else None

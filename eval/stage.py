@@ -14,6 +14,7 @@ from typing import Any
 from eval.evaluation import FOLDER, Evaluation
 from eval.heldout import HeldOut, first_images, trained
 from eval.images import check_folder
+from eval.ladder import climb
 from eval.measure import Measure, save, staging
 from eval.pictures import batches, read_folder
 from eval.records import summarise
@@ -39,29 +40,41 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         if cfg.init_from is not None:
             raise InputError("images= and init_from= name two things to evaluate: give one")
         held: HeldOut = build(cfg.evaluation)
+        if held.ladder is not None:
+            held.close()
+            raise InputError("evaluation.ladder samples a model, and images= has none: drop one")
         try:
-            shot = _pictures(held, Path(cfg.images), facts, run.path)
+            shot, ladder = _pictures(held, Path(cfg.images), facts, run.path), {}
         finally:
             held.close()
     else:
-        shot = _model(cfg, facts, run)
+        shot, ladder = _model(cfg, facts, run)
     if shot is None:
         return {}
-    return _tell(shot, run.path)
+    summary = _tell(shot, run.path)
+    if ladder:
+        print(f"\n{ladder.pop('table')}\nladder: {ladder['picture']}")
+        summary["ladder"] = ladder
+    return summary
 
 
-def _model(cfg: Any, facts: dict[str, Any], run: Run) -> Evaluation | None:
+def _model(
+    cfg: Any, facts: dict[str, Any], run: Run
+) -> tuple[Evaluation | None, dict[str, Any]]:
+    """The evaluation, and its ladder where there is one; on rank 0."""
     from flux2.distributed import pick_device
     from flux2.lineage import ROLES, check_lineage, init_of
-    from flux2.model import check_model, load_initial
+    from flux2.model import check_initial, load_initial
     from flux2.roles import velocity_of
     from flux2.train import build
 
-    check_model(cfg.model)
+    check_initial(cfg)
     init = init_of(cfg)
     check_lineage(cfg, init, ROLES)
     held: HeldOut = build(cfg.evaluation)
     try:
+        if held.ladder is not None:
+            held.ladder.check(cfg.model.role)
         rewards = distributed.broadcast(trained_rewards(cfg, run.path, ()))
         held.suite = held.suite.mark(rewards)
         held.suite.ready()
@@ -76,7 +89,10 @@ def _model(cfg: Any, facts: dict[str, Any], run: Run) -> Evaluation | None:
                 f"{run.path}", flush=True,
             )  # fmt: skip
         folder = run.path / FOLDER / "step_000000"
-        return held.evaluate(model, role, "evaluating", facts, folder)
+        shot, ladder = held.evaluate(model, role, "evaluating", facts, folder), {}
+        if held.ladder is not None:
+            ladder = climb(held, model, role, None, facts, run.path, 0, shot)
+        return shot, ladder
     finally:
         held.close()
 

@@ -128,6 +128,8 @@ def check_data(cfg: DictConfig, dataset: Any) -> None:
 
 def check_role(cfg: DictConfig, name: str, spec: RoleSpec) -> None:
     """Refuses a role that the engine cannot train. Raises InputError."""
+    if spec.tangents:
+        _check_tangents(cfg)
     if cfg.engine.kind != "deepspeed":
         return
     if spec.kind != "velocity":
@@ -138,4 +140,22 @@ def check_role(cfg: DictConfig, name: str, spec: RoleSpec) -> None:
         raise InputError(
             f"engine={cfg.engine.name} keeps what is not trained in int8, and {name} is an average "
             "that must not be rounded: choose engine=zero3"
+        )
+
+
+def _check_tangents(cfg: DictConfig) -> None:
+    """Refuses what has no forward-mode derivative. Raises InputError."""
+    quantised = cfg.model.get("quantise")
+    attention = cfg.model.get("attention")
+    why = None
+    if cfg.engine.kind == "deepspeed" and cfg.engine.stage == 3:
+        why = f"engine={cfg.engine.name}"
+    elif quantised not in (None, "nf4"):
+        why = f"model.quantise={quantised}"
+    elif attention not in (None, "native", "_native_math"):
+        why = f"model.attention={attention}"
+    if why is not None:
+        raise InputError(
+            f"method.derivative=jvp has no derivative through {why}: choose "
+            "method.derivative=differences"
         )

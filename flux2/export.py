@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from flux2.errors import InputError
 from flux2.files import write_json
 from flux2.formats import Adapter, Part
 from flux2.latents import to_float
-from flux2.lineage import export_manifest, schedule_hash
-from flux2.model import Flux2
+from flux2.lineage import export_manifest, inserted, schedule_hash
+from flux2.model import STRENGTH, Flux2, with_transformer
+from flux2.policy import Head, PolicyRole, parted
 from flux2.roles import Local, Roles, Storage, VelocityRole
 from flux2.schedule import EmpiricalShift, Schedule
 
@@ -88,6 +89,8 @@ class Target:
         schedule: what the scheduler's configuration is to reproduce.
         source: the manifest of the run that it comes from, or {}.
         parent: where its weights lie there, as in a manifest's `parents`.
+        head: of a policy student, whose transformer the weights are.
+        renoise: it is sampled by flux2.samplers.sample_renoise.
     """
 
     format: str
@@ -97,6 +100,8 @@ class Target:
     schedule: Schedule = field(default_factory=EmpiricalShift)
     source: Mapping[str, Any] = field(default_factory=dict)
     parent: Mapping[str, str] | None = None
+    head: Head | None = None
+    renoise: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,7 @@ def export_run(
     *,
     role: str | None = None,
     schedule: Schedule | None = None,
+    renoise: bool = False,
     lineage: Mapping[str, Any] | None = None,
     parent: Mapping[str, str] | None = None,
 ) -> Path:
@@ -200,13 +206,14 @@ def export_run(
 
     Args:
         role: what the result is; None: what the model was.
-        schedule: of the run's sampler; None: FLUX.2's own.
+        schedule: of the run's sampler; None: FLUX.2's own. renoise: whether it noises x̂0 anew.
         lineage, parent: the run's manifest, and its entry among the export's parents.
 
     Raises:
         RuntimeError: what diffusers opened differs from the role; the old export stays.
     """
     mine = roles[name]
+    model = with_transformer(model, mine.backbone)
     want = expected(model, mine.backbone, mine.adapter, mine.root)
     weights, adapter = gathered(roles, name)
     target = Target(
@@ -216,6 +223,8 @@ def export_run(
         schedule=schedule or EmpiricalShift(),
         source=lineage or {},
         parent=parent,
+        head=mine.head if isinstance(mine, PolicyRole) else None,
+        renoise=renoise,
     )
 
     def write() -> None:
@@ -234,6 +243,7 @@ def gathered(roles: Roles, name: str) -> tuple[dict[str, Tensor], Adapter | None
     for key, tensor in roles.tensors():
         if main and key.startswith(f"{name}/"):
             own[key.removeprefix(f"{name}/")] = _kept(tensor, storage)
+    own, _ = parted(own)
     if roles.parameters(name) and mine.adapter is None:  # on every rank alike
         return own, None
     if isinstance(storage, Local):
@@ -286,12 +296,22 @@ def check_target(target: Target, trained: Iterable[str] | None) -> None:
             f"format={target.format}: no adapter was trained there: choose "
             f"{' or '.join(WHOLE)}, or a run with adapter=lora"
         )
+    if target.format != "diffusers" and (target.head or target.source.get("policy")):
+        raise InputError(
+            f"format={target.format}: a policy student is its transformer and its head: choose "
+            "diffusers"
+        )
+    if target.format in LORA and inserted(target.source):
+        raise InputError(
+            f"format={target.format}: the run gave its model a guidance embedder, and its adapter "
+            f"has no place on a base that lacks one: choose {' or '.join(WHOLE)}"
+        )
     if trained is None and not target.merge:
         raise InputError("merge=false: no adapter was trained there: leave it out")
     if target.format == "lora-original":
         formats.check_lora_original(trained or ())
     if target.format == "diffusers":
-        folders.scheduler_config(target.schedule)
+        folders.scheduler_config(target.schedule, target.renoise)
 
 
 # ---------------------------------------------------------------- writing
@@ -333,19 +353,33 @@ def _pipeline(
     hashes = folders.write_shards(folder / "transformer", parts)
     folders.write_config(model.transformer, folder / "transformer")
     hashes |= folders.write_vae(model.vae, folder / "vae", target.dtype)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler(**folders.scheduler_config(target.schedule))
+    settings = folders.scheduler_config(target.schedule, target.renoise)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**settings)
     scheduler.save_pretrained(folder / "scheduler")
-    klein = not model.info.guidance_embeds
+    text = folders.write_text(model, folder)
+    embeds, guidance = model.info.guidance_embeds, model.info.guidance
+    klein = not embeds or text["text_encoder"][1].startswith("Qwen3")
     index = {
         "_class_name": "Flux2KleinPipeline" if klein else "Flux2Pipeline",
         **({"is_distilled": target.role == "distilled"} if klein else {}),
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        **folders.write_text(model, folder),
+        **text,
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
     }
+    if embeds and (klein or guidance is None):
+        index |= {**folders.EMBEDDED, STRENGTH: guidance}
+    if target.head is not None:
+        index |= folders.POLICY
+        hashes |= folders.write_head(target.head, folder, schedule=repr(target.schedule))
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return hashes, verify.check_pipeline(model, folder, parts, target.dtype, want, target.schedule)
+    with folders.openable(folder) as view:
+        found = verify.check_pipeline(
+            model, view, parts, target.dtype, want, target.schedule, target.renoise
+        )
+    if target.head is not None:
+        found["head"] = verify.check_head(folder, target.head)
+    return hashes, found
 
 
 def _manifest(
@@ -364,6 +398,7 @@ def _manifest(
         adapter=None if adapter is None else "merged" if merged else "apart",
         schedule=repr(target.schedule),
         schedule_hash=schedule_hash(target.schedule),
+        policy=None if target.head is None else asdict(target.head.shape),
         files=dict(sorted(hashes.items())),
         differences=report.differences,
         tolerance=report.tolerance,

@@ -7,18 +7,35 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flux2 import policy
 from flux2.errors import InputError
+from flux2.files import write_json
 from flux2.formats import Part
 from flux2.model import Flux2
+from flux2.policy import Head
 from flux2.schedule import EmpiricalShift, Linear, Schedule, StaticShift
 
 MAX_SHARD = "5GB"
+EMBEDDED = {
+    "_class_name": "Flux2EmbeddedPipeline",
+    "transformer": ["diffusers", "Flux2EmbeddedTransformer2DModel"],
+}
+"""In the index of a model whose second number no pipeline of diffusers gives: klein's passes none,
+dev's only a strength. They would open the folder and draw other images, without a word; classes
+that there are not make every one of them refuse it by name. Its parts open one by one."""
+POLICY = {
+    "_class_name": "Flux2PolicyPipeline",
+    "transformer": ["diffusers", "Flux2PolicyTransformer2DModel"],
+}
+"""The same of a policy student, whose transformer alone is no sampler of few steps."""
 
 
 class replacing:
@@ -84,6 +101,26 @@ def write(path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str]) ->
     return digest.hexdigest()
 
 
+@contextmanager
+def openable(folder: Path) -> Iterator[Path]:
+    """The folder as a pipeline opens it: itself, or for as long as its parts are compared a view of
+    it whose index names the classes that its transformer and text encoder are of."""
+    index = json.loads((folder / "model_index.json").read_text())
+    if index["_class_name"] not in (EMBEDDED["_class_name"], POLICY["_class_name"]):
+        yield folder
+        return
+    klein = index["text_encoder"][1].startswith("Qwen3")
+    index["_class_name"] = "Flux2KleinPipeline" if klein else "Flux2Pipeline"
+    index["transformer"] = ["diffusers", "Flux2Transformer2DModel"]
+    index.pop("embedded_guidance", None)
+    with tempfile.TemporaryDirectory() as view:
+        for part in folder.iterdir():
+            if part.is_dir():
+                (Path(view) / part.name).symlink_to(part.resolve())
+        (Path(view) / "model_index.json").write_text(json.dumps(index))
+        yield Path(view)
+
+
 def write_config(module: Any, folder: Path) -> None:
     """config.json of the shape alone: not where it was loaded from, nor how it was quantised."""
     own = {"_name_or_path", "quantization_config", "_pre_quantization_dtype"}
@@ -114,6 +151,13 @@ def write_shards(folder: Path, parts: Mapping[str, Part]) -> dict[str, str]:
         path = folder / "diffusion_pytorch_model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return hashes
+
+
+def write_head(head: Head, folder: Path, **facts: Any) -> dict[str, str]:
+    """A policy student's head, in fp32, and what is to be known of it. facts: for the JSON."""
+    parts = {k: Part.of(v, torch.float32) for k, v in head.state_dict().items()}
+    write_json(folder / policy.FILE, policy.describe(head.shape, **facts))
+    return {policy.WEIGHTS: write(folder / policy.WEIGHTS, parts, {"format": "pt"})}
 
 
 def write_vae(vae: torch.nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, str]:
@@ -147,18 +191,23 @@ def write_text(model: Flux2, folder: Path) -> dict[str, Any]:
     return {k: ["transformers", type(x).__name__] for k, x in zip(parts, objects, strict=True)}
 
 
-def scheduler_config(schedule: Schedule) -> dict[str, Any]:
+def scheduler_config(schedule: Schedule, renoise: bool = False) -> dict[str, Any]:
     """FlowMatchEulerDiscreteScheduler's settings that give our grid inside the pipelines, which
     always pass it a linear ramp and FLUX.2's own μ.
+
+    renoise: each step's x̂0 is noised anew (flux2.samplers.sample_renoise). The pipelines draw that
+    noise from torch's global generator, whatever generator they are given.
 
     Raises:
         InputError: a schedule that such a configuration cannot hold.
     """
     if isinstance(schedule, EmpiricalShift):
-        return {"use_dynamic_shifting": True, "time_shift_type": "exponential", "shift": 3.0}
+        dynamic = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "shift": 3.0}
+        return {**dynamic, "stochastic_sampling": renoise}
     if isinstance(schedule, StaticShift | Linear):
         shift = schedule.shift if isinstance(schedule, StaticShift) else 1.0
-        return {"use_dynamic_shifting": False, "shift": float(shift)}
+        static = {"use_dynamic_shifting": False, "shift": float(shift)}
+        return {**static, "stochastic_sampling": renoise}
     raise InputError(
         f"a scheduler's configuration cannot hold {type(schedule).__name__}: export with "
         "EmpiricalShift, StaticShift or Linear"

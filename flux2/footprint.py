@@ -20,12 +20,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from flux2 import adapters, quantise
+from flux2 import adapters, depth, quantise
 from flux2.activations import Curve
 from flux2.adapters import LoRA
 from flux2.checkpoint import MAX_BYTES
 from flux2.errors import InputError
-from flux2.model import AUTOCAST, DTYPES, meta_parts
+from flux2.model import AUTOCAST, DTYPES, initial_depth, meta_parts
 from flux2.optim8 import state_bytes
 from flux2.passes import (
     Call,
@@ -38,7 +38,7 @@ from flux2.passes import (
     velocity_curve,
 )
 from flux2.rehearsal import Rehearsal, rehearse
-from flux2.types import Method
+from flux2.types import Method, RoleSpec
 
 LIBRARIES = 64 << 20
 """cuBLAS's workspaces, which torch's allocator holds."""
@@ -129,8 +129,11 @@ class Footprint:
             raise InputError("there is nothing to plan: choose a stage that trains, e.g. plan=sft")
         self.quantised: str | None = cfg.model.get("quantise")
         quantise.check_use(self.quantised, "none", cfg.get("adapter") is not None)
-        self.cfg, self.cuda, self.brief = cfg, cuda, brief
+        self.cuda, self.brief = cuda, brief
         self.parts: dict[str, Any] = meta_parts(cfg.model)
+        if cfg.get("init_from") is not None:
+            self._as_deep(initial_depth(cfg))
+        self.cfg = cfg = _chosen(cfg, depth.depth_of(self.parts["transformer"]))
         self.lora: LoRA | None = (
             None if cfg.get("adapter") is None else instantiate(cfg.adapter, _convert_="all")
         )
@@ -141,7 +144,10 @@ class Footprint:
         method = self._make()
         self.method = type(method).__name__
         specs = method.roles.values()
-        self.velocity = all(s.kind == "velocity" for s in specs)
+        self.short = self._shorter(list(specs))
+        self.velocity = all(s.kind in ("velocity", "policy") for s in specs)
+        self.heads = [s.policy.components for s in specs if s.kind == "policy"]
+        self.others = sum(s.source is not None and not _lends(s.source) for s in specs)
         self.trained = sum(s.trainable for s in specs)
         self.followers = sum(s.follows is not None for s in specs)
         self.frozen = any(not s.trainable and s.follows is None for s in specs)
@@ -150,8 +156,36 @@ class Footprint:
         self.trainable = sum(map(_product, self.counts))
         """Parameters of one trained role."""
         self._optimizer = str(cfg.optim.optimizer._target_).rpartition(".")[2]
-        self.shardable = self.velocity and self.quantised is None and self._elementwise
+        whole = self.velocity and not self.heads
+        self.shardable = whole and self.quantised is None and self._elementwise
         self._curve = functools.cache(self._pass)
+
+    def _as_deep(self, there: tuple[int, int]) -> None:
+        """The transformer as a run has made it."""
+        kept = depth.all_blocks(there)
+        self.parts["transformer"] = depth.shortened(self.parts["transformer"], kept)
+
+    def _shorter(self, specs: Sequence[RoleSpec]) -> Any:
+        """The network of roles that have fewer blocks than the model; None without such.
+
+        Raises:
+            InputError: some of what is trained is shorter, and some is not.
+        """
+        kept = {s.blocks for s in specs if s.trainable}
+        if all(s.blocks is None for s in specs):
+            return None
+        if len(kept) > 1 or any(s.blocks is not None and not s.trainable for s in specs):
+            raise InputError("the plan knows one number of blocks for all that is trained")
+        (blocks,) = kept
+        assert blocks is not None
+        return depth.shortened(self.parts["transformer"], blocks)
+
+    @property
+    def network(self) -> Any:
+        """Of a trained role."""
+        if not self.velocity:
+            return self.parts["vae"]
+        return self.parts["transformer"] if self.short is None else self.short
 
     @property
     def uncounted(self) -> str | None:
@@ -182,13 +216,20 @@ class Footprint:
         """Of what one trained role owns."""
         network = self.parts["transformer"]
         if self.lora is None or not self.velocity:
-            trained = network if self.velocity else self.parts["vae"]
-            return [tuple(p.shape) for p in trained.parameters()]
-        out: list[tuple[int, ...]] = []
+            return [*(tuple(p.shape) for p in self.network.parameters()), *self._head()]
+        out: list[tuple[int, ...]] = self._head()
         for path in adapters._matching(network, self.lora.targets):
             layer: Any = network.get_submodule(path)
             out += [(self.lora.rank, layer.in_features), (layer.out_features, self.lora.rank)]
         return out
+
+    def _head(self) -> list[tuple[int, ...]]:
+        """Of what a policy owns besides (flux2.policy.Head)."""
+        if not self.heads:
+            return []
+        config: Any = self.parts["transformer"].config
+        rows = self.heads[0] * (config.in_channels + 1) + 1
+        return [(rows, config.num_attention_heads * config.attention_head_dim), (rows,)]
 
     @functools.cached_property
     def base(self) -> int:
@@ -216,6 +257,7 @@ class Footprint:
             unconditional=collate.get("unconditional", False),
             guidance=bool(self.parts["transformer"].config.guidance_embeds),
             references=self.shape.references > 0,
+            depth=depth.depth_of(self.parts["transformer"]),
         )
 
     # ------------------------------------------------------------ passes
@@ -248,7 +290,10 @@ class Footprint:
         config = _config(self.parts["transformer"])
         decoded = any(c.owner == "decoder" for c in argument)
         decoder = Decoder(vae, matmul, DTYPES[cfg.model.get("vae_dtype", "fp32")])
-        return velocity_curve(config, argument, self.shape, setting, decoder if decoded else None)
+        return velocity_curve(
+            config, argument, self.shape, setting, decoder if decoded else None,
+            None if self.short is None else _config(self.short),
+        )  # fmt: skip
 
     # ------------------------------------------------------------ the sum
 
@@ -274,6 +319,7 @@ class Footprint:
         masters = 4 * own // ranks if engine.kind == "deepspeed" else 0
         stays = {
             "frozen base": frozen // share,
+            **({"other runs": self.others * self._other(engine) // share} if self.others else {}),
             "trained weights": wide * self.trained * one // share,
             "averages": (wide * self.followers * one + averages) // share,
             "fp32 masters": masters,
@@ -294,11 +340,16 @@ class Footprint:
             stays["buckets"] = wide * engine.bucket * (1 if engine.stage < 3 else 2)
         if engine.stage == 3:  # one flat buffer, made at the beginning
             stays["gradient shards"] = 0 if engine.offload else wide * own // ranks
-        whole = _count(self.parts["transformer" if self.velocity else "vae"])
+        whole = _count(self.network)
         exported = 4 * whole if self.cfg.train.get("export", False) else 0
         share = (4 * (self.trained + self.followers) * one + 8 * own) // ranks
         host["checkpoint or export"] = max(min(share, MAX_BYTES), exported)
         return stays, host
+
+    def _other(self, engine: Engine) -> int:
+        """Bytes of another run's transformer, which is not quantised."""
+        network = self.parts["transformer"]
+        return 2 * _count(network) if engine.half else _bytes(network)
 
     def _states(self, engine: Engine, ranks: int) -> int:
         """Bytes of optimizer states."""
@@ -420,6 +471,18 @@ class _Unscored:
         """Whether there is one shows when the run's parts are made."""
 
 
+def _chosen(cfg: Any, there: tuple[int, int]) -> Any:
+    """The configuration with as many blocks in the place of those that are yet to be measured: all
+    of a kind are alike."""
+    if cfg.get("keep") is None or cfg.method.get("blocks") is not None:
+        return cfg
+    keep = OmegaConf.to_container(cfg.keep) if OmegaConf.is_config(cfg.keep) else cfg.keep
+    out = cfg.copy()
+    blocks = [list(range(n)) for n in depth.counts(keep, there)]
+    OmegaConf.update(out, "method.blocks", blocks, force_add=True)
+    return out
+
+
 def _product(shape: Sequence[int]) -> int:
     return functools.reduce(lambda a, b: a * b, shape, 1)
 
@@ -435,6 +498,12 @@ def _config(module: Any) -> dict[str, Any]:
 def _bytes(module: nn.Module) -> int:
     tensors = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _lends(source: str) -> bool:
+    """Whether a run lends an adapter on the shared base, as far as its configuration tells."""
+    config = Path(source) / "config.yaml"
+    return config.is_file() and OmegaConf.select(OmegaConf.load(config), "adapter") is not None  # pyright: ignore
 
 
 def _size(cfg: Any) -> tuple[int, int, int]:

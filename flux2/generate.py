@@ -14,11 +14,21 @@ from torch import Tensor
 from flux2 import distributed
 from flux2.errors import InputError
 from flux2.rng import Rng
-from flux2.samplers import guided, sample_euler, sample_heun
+from flux2.samplers import (
+    guided,
+    sample_euler,
+    sample_flowmap,
+    sample_heun,
+    sample_policy,
+    sample_renoise,
+)
 from flux2.schedule import EmpiricalShift, Grid, Schedule
-from flux2.types import Batch, Velocity
+from flux2.types import Batch, Policy, Velocity
 
-SOLVERS = {"euler": sample_euler, "heun": sample_heun}
+SOLVERS = {
+    "euler": sample_euler, "heun": sample_heun, "renoise": sample_renoise,
+    "flowmap": sample_flowmap,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Sampler:
 
     Attributes:
         steps: N. guidance: classifier-free; 1 is none.
-        solver: euler or heun.
+        solver: euler, heun, renoise, or flowmap for a student that is told its interval.
         chunk: samples at a time.
     """
 
@@ -46,6 +56,8 @@ class Sampler:
             raise InputError(
                 f"sampler.guidance is {self.guidance}: it must be at least 0 (1: none)"
             )
+        if self.solver == "flowmap" and self.guidance != 1:
+            raise InputError("sampler.solver=flowmap has no guidance: set sampler.guidance=1")
         self.schedule(self.steps, 1)
 
     @property
@@ -53,6 +65,14 @@ class Sampler:
         """Of the transformer, for one image."""
         solver = 2 * self.steps - 1 if self.solver == "heun" else self.steps
         return solver * (1 if self.guidance == 1 else 2)
+
+    def check_policy(self) -> None:
+        """A policy brings its own integration, and its guidance is in it. Raises InputError."""
+        if self.guidance != 1 or self.solver != "euler":
+            raise InputError(
+                f"sampler.guidance={self.guidance:g} sampler.solver={self.solver}: a policy "
+                "student is sampled with guidance=1 solver=euler"
+            )
 
     def grid(self, tokens: int) -> Grid:
         """The sigmas for a target of so many tokens."""
@@ -67,12 +87,24 @@ class Sampler:
         done: Callable[[int], object] | None = None,
     ) -> Tensor:
         """Latents b n c of a batch, whose noise is keyed by (seed, sample id) alone."""
+        if isinstance(velocity, Policy):
+            self.check_policy()
         rng, grid, out = Rng(seed, 0), self.grid(batch.shape[0]), []
         call = guided(velocity, self.guidance)
         for part in batch.split(self.chunk):
             assert part.cond is not None
-            noise = rng("sample", part.ids, part.shape).to(part.cond.text.device)
-            out.append(SOLVERS[self.solver](call, noise, part.cond, grid))
+            device = part.cond.text.device
+
+            def noise(i: int, part: Batch = part, device: torch.device = device) -> Tensor:
+                return rng("sample", part.ids, part.shape, counter=i).to(device)
+
+            if isinstance(velocity, Policy):
+                x = sample_policy(velocity, noise(0), part.cond, grid, velocity.shape.substeps)
+            elif self.solver == "renoise":
+                x = sample_renoise(call, noise(0), part.cond, grid, lambda i: noise(i + 1))
+            else:
+                x = SOLVERS[self.solver](call, noise(0), part.cond, grid)
+            out.append(x)
             if done is not None:
                 done(len(part))
         return torch.cat(out)
@@ -123,14 +155,14 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     from flux2.distributed import pick_device
     from flux2.lineage import ROLES, check_lineage, init_of, schedule_hash, trained_rewards
     from flux2.log import grid as picture
-    from flux2.model import check_model, load_initial
+    from flux2.model import check_initial, load_initial
     from flux2.roles import velocity_of
     from flux2.runs import Run
     from flux2.train import build
 
     if cfg.count < 1:
         raise InputError(f"count is {cfg.count}: it must be at least 1")
-    check_model(cfg.model)
+    check_initial(cfg)
     check_lineage(cfg, init_of(cfg), ROLES)
     sampler: Sampler = build(cfg.sampler)
     run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)

@@ -50,7 +50,7 @@ _HARM = {
 }
 _INHERITED = (
     "stage", "model", "model_role", "result_role", "base", "trained", "rewards", "schedule_hash",
-    "exported",
+    "exported", "embedded_guidance", "policy",
 )  # fmt: skip
 
 
@@ -204,6 +204,12 @@ def allowed(cfg: DictConfig) -> tuple[str, ...]:
 def result_role(manifest: Mapping[str, Any]) -> str | None:
     """What a run made: base, distilled or guidance-distilled; None if its manifest does not say."""
     return manifest.get("result_role") or manifest.get("model_role")
+
+
+def inserted(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run gave its model the embedder of a second number, which its base lacks."""
+    had = (manifest.get("base") or {}).get("guidance_embeds", False)
+    return manifest.get("trained") is not None and "embedded_guidance" in manifest and not had
 
 
 def check_lineage(

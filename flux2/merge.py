@@ -33,6 +33,7 @@ from flux2.formats import Adapter
 from flux2.lineage import (
     Init,
     find_init,
+    inserted,
     manifests_of,
     resolve_init,
     result_role,
@@ -283,6 +284,8 @@ def opened(init: Init, allow: Sequence[str] = ()) -> Parent:
         InputError: it trained no transformer.
     """
     trained = init.manifest.get("trained")
+    if init.manifest.get("policy"):
+        raise InputError(f"{init.run} is a policy student, which is not merged: leave it out")
     if not trained or trained == ["autoencoder"]:
         raise InputError(
             f"{init.run} trained no transformer (stage {init.manifest.get('stage')}): name a run "
@@ -290,6 +293,11 @@ def opened(init: Init, allow: Sequence[str] = ()) -> Parent:
         )
     if init.is_export:
         return Parent(init, allow=allow)
+    if inserted(init.manifest):
+        raise InputError(
+            f"{init.run} gave its model a guidance embedder, which the base under it lacks: name "
+            "its export/ in its place"
+        )
     config = OmegaConf.load(init.run / "config.yaml")
     role = f"{trained[0]}/"
     stored = load_checkpoint(init.weights, verify=False).weights  # verified when it was found

@@ -7,25 +7,29 @@ classes are inside. Where weights are found and how they are read is in flux2.so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flux2 import architecture, attention, sources
+from flux2 import architecture, attention, depth, embedder, policy, sources
 from flux2.architecture import DTYPES
 from flux2.errors import InputError
 from flux2.latents import LatentCodec
 from flux2.text import PADDING, TextEncoder
+from flux2.types import PolicyShape
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 """Names of the precision of matrix products; None leaves the weights' own."""
 KEPT = ("dtype", "vae_dtype", "vae_autocast", "attention", "max_sequence_length", "text_layers",
         "quantise", "mask_padding")  # fmt: skip
 """What a run says of its model itself, and does not take over from the run that it starts from."""
+STRENGTH = "embedded_guidance"
+"""In the index of a folder whose second number no pipeline would give: what it is where nothing
+else is said; null where it is no strength of guidance. Likewise in the manifest of its run."""
 ROLES = ("base", "distilled", "guidance-distilled")
 
 
@@ -41,7 +45,8 @@ class ModelInfo:
         source: the folder it was read from; "" for random weights.
         hash: of the transformer's weight files; "" for random weights.
         guidance: embedded strength that it is given where nothing else is said; None without the
-            embedder.
+            embedder, or where what it takes is another number.
+        start: hash of the run's weights that were put into it; "" for none.
     """
 
     name: str
@@ -51,11 +56,16 @@ class ModelInfo:
     source: str
     hash: str
     guidance: float | None = None
+    start: str = ""
 
 
 @dataclass
 class Flux2:
-    """A loaded model; its parts are frozen until a role makes them trainable."""
+    """A loaded model; its parts are frozen until a role makes them trainable.
+
+    Attributes:
+        head: of a policy student (flux2.policy); None: the transformer is a velocity.
+    """
 
     transformer: nn.Module
     vae: nn.Module
@@ -63,10 +73,37 @@ class Flux2:
     text: TextEncoder
     info: ModelInfo
     device: torch.device
+    head: policy.Head | None = None
 
 
-def check_model(cfg: Any) -> None:
+def give_embedder(model: Flux2, seed: int, guidance: float | None) -> None:
+    """Gives a model the embedder of a second number (flux2.embedder), and says so.
+
+    guidance: what it is given where nothing else is said; None: that is no strength of guidance.
+    """
+    embedder.insert(model.transformer, seed)
+    model.info = replace(model.info, guidance_embeds=True, guidance=guidance)
+
+
+def embed_as(model: Flux2, names: Iterable[str], seed: int, manifest: Mapping[str, Any]) -> None:
+    """Gives the model the embedder that a run gave it, before that run's weights, which have these
+    names, are read into it. manifest, seed: of the run."""
+    if not model.info.guidance_embeds and embedder.trained(names):
+        give_embedder(model, seed, None)
+    if model.info.guidance_embeds and STRENGTH in manifest:
+        model.info = replace(model.info, guidance=manifest[STRENGTH])
+
+
+def check_initial(cfg: Any) -> None:
+    """check_model for what a run starts from: with `init_from=<run>`, conf/model is what lies under
+    that run's result, and model.role is of the result (`flux2.lineage.check_lineage`)."""
+    check_model(cfg.model, own_role=cfg.init_from is None)
+
+
+def check_model(cfg: Any, own_role: bool = True) -> None:
     """Everything about `cfg` (conf/model) that can be refused before a weight is read.
+
+    own_role: model.role says what the model itself is.
 
     Raises:
         InputError: settings that are no choice; a folder or file that is missing, torn, or of
@@ -98,7 +135,8 @@ def check_model(cfg: Any) -> None:
         with torch.device("meta"):
             meta = {part: architecture.build(part, shape[part]) for part in ("transformer", "vae")}
         architecture.text_config(shape["text_encoder"])
-        sources.check_role(cfg.role, shape["transformer"], "model.architecture")
+        if own_role:
+            sources.check_role(cfg.role, shape["transformer"], "model.architecture")
         if vae is not None:
             _check_vae(Path(vae), meta)
         return
@@ -106,12 +144,12 @@ def check_model(cfg: Any) -> None:
     if folder is None:
         sources.reachable(cfg.path)
     else:
-        _check_weights(cfg, folder)
+        _check_weights(cfg, folder, own_role)
 
 
-def _check_weights(cfg: Any, folder: Path) -> None:
+def _check_weights(cfg: Any, folder: Path, own_role: bool = True) -> None:
     """The parts' shapes, by their config.json and the headers of their files."""
-    sources.check_index(folder, cfg)
+    sources.check_index(folder, cfg, own_role)
     meta = meta_parts(cfg)
     if sources.left_out(cfg) is None:
         sources.check_folder(folder / "transformer", "transformer", meta["transformer"])
@@ -120,7 +158,8 @@ def _check_weights(cfg: Any, folder: Path) -> None:
     _check_vae(Path(cfg.vae or folder / "vae"), meta)
     sources.check_folder(folder / "text_encoder", "text_encoder", meta["text_encoder"])
     config: Any = meta["transformer"].config
-    sources.check_role(cfg.role, config, cfg.get("transformer") or folder / "transformer")
+    if own_role:
+        sources.check_role(cfg.role, config, cfg.get("transformer") or folder / "transformer")
     features = len(cfg.text_layers) * meta["text_encoder"].config.hidden_size  # pyright: ignore
     if features != config.joint_attention_dim:
         raise InputError(
@@ -244,6 +283,7 @@ def _load(cfg: Any, device: torch.device, seed: int) -> Flux2:
     if cfg.path is None:
         from flux2.nano import random_parts
 
+        guidance = _strength(cfg, None)
         transformer, vae, encoder, tokenizer = random_parts(cfg, place, device, seed)
     else:
         folder = sources.locate(cfg.path, leave_out=sources.left_out(cfg))
@@ -251,6 +291,7 @@ def _load(cfg: Any, device: torch.device, seed: int) -> Flux2:
             folder = sources.locate(cfg.path, download=True, leave_out=sources.left_out(cfg))
             assert folder is not None
             _check_weights(cfg, folder)
+        guidance = _strength(cfg, folder)
         tokenizer = _tokenizer(folder)
         transformer, vae, encoder, weights_hash = _stored(cfg, folder, place, device)
     if cfg.path is None and cfg.vae is not None:
@@ -282,10 +323,39 @@ def _load(cfg: Any, device: torch.device, seed: int) -> Flux2:
         parameters=sum(p.numel() for p in transformer.parameters()),
         source="" if folder is None else str(folder),
         hash=weights_hash,
-        guidance=float(cfg.embedded_guidance) if config.guidance_embeds else None,
+        guidance=guidance,
     )
     codec = LatentCodec(vae, AUTOCAST[cfg.vae_autocast])
-    return Flux2(transformer, vae, codec, text, info, device)
+    head = None if folder is None else policy.read(folder, device)
+    return Flux2(transformer, vae, codec, text, info, device, head)
+
+
+def _strength(cfg: Any, folder: Path | None) -> float | None:
+    """`ModelInfo.guidance`: conf/model's, else what the folder's index says, which a run wrote.
+
+    Raises:
+        InputError: a strength for a model that takes none, or none for one that takes it.
+    """
+    said = cfg.get("embedded_guidance")
+    if not _shapes(cfg)[0]["transformer"].get("guidance_embeds", True):
+        return _told(said, False, cfg.name)
+    if said is not None:
+        return float(said)
+    index = {} if folder is None else sources.read_json(folder / "model_index.json")
+    if STRENGTH not in index:
+        raise InputError(
+            f"{cfg.name} takes a strength of guidance: give one as model.embedded_guidance"
+        )
+    return index[STRENGTH]
+
+
+def _told(said: float | None, embeds: bool, name: str) -> float | None:
+    """model.embedded_guidance, which only a model with the embedder may be given."""
+    if said is not None and not embeds:
+        raise InputError(
+            f"model.embedded_guidance is {said} and {name} has no guidance embedder: leave it out"
+        )
+    return None if said is None else float(said)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -360,25 +430,105 @@ def _load_initial(cfg: Any, device: torch.device) -> Flux2:
         chosen.path, chosen.transformer, chosen.vae = str(init.weights), None, None
         return _load(chosen, device, cfg.seed)
     before = OmegaConf.load(init.run / "config.yaml")
+    embeds = STRENGTH in init.manifest or before.model.get("embedded_guidance") is not None
+    said = _told(cfg.model.get("embedded_guidance"), embeds, init.run.name)
     for key in KEPT:
         before.model[key] = cfg.model.get(key)
     # Without an init_from of its own this is load_model; with one, its weights lie on that run's.
     model = _load_initial(before, device)
     weights = load_checkpoint(init.weights, verify=False).tensors
-    _apply(model, weights, trained[0], before.adapter)
+    mine = [k for k in weights if k.startswith(f"{trained[0]}/")]
+    embed_as(model, mine, before.seed, init.manifest)
+    if said is not None:
+        model.info = replace(model.info, guidance=said)
+    _apply(model, weights, trained[0], before.adapter, init.manifest.get("policy"))
+    model.info = replace(model.info, start=init.parent()["hash"])
     return model
 
 
-def _apply(model: Flux2, weights: Mapping[str, Tensor], role: str, adapter: Any) -> None:
-    """Puts a role's trained weights, or its adapter, into the model's transformer."""
+def load_merged(cfg: Any, device: torch.device) -> nn.Module:
+    """The transformer of load_initial alone, never quantised."""
+    return _load_initial(cfg, device).transformer
+
+
+def network_of(model: Flux2, weights: Mapping[str, Tensor], config: Any = None) -> nn.Module:
+    """A frozen transformer with these weights, in the dtype and with the attention of the model's
+    own, as deep as they are. config: its shape; None: the model's."""
+    body: Any = model.transformer
+    double, single = depth.depth_in(weights)
+    shape = {**(config or body.config), "num_layers": double, "num_single_layers": single}
+    with torch.device("meta"):
+        plain = type(body).from_config(shape)
+    plain.load_state_dict(dict(weights), assign=True)
+    attention.install(plain, body.transformer_blocks[0].attn.processor._attention_backend)
+    return plain.to(model.device, body.dtype).eval().requires_grad_(False)
+
+
+def initial_depth(cfg: Any) -> tuple[int, int]:
+    """Double-stream and single-stream blocks of what `load_initial` will load: conf/model's, or
+    those of the run that init_from names. No weight is read.
+
+    Raises:
+        InputError: a run or a folder that is not there.
+    """
+    from omegaconf import OmegaConf
+
+    from flux2.checkpoint import load_checkpoint
+    from flux2.lineage import find_init
+
+    if cfg.get("init_from") is None:
+        config = _shapes(cfg.model)[0]["transformer"]
+        return tuple(int(config[key]) for key in depth.KEYS)  # pyright: ignore[reportReturnType]
+    init = find_init(cfg.init_from)
+    if init.is_export:
+        config = sources.read_json(init.weights / "transformer" / "config.json")
+        return tuple(int(config[key]) for key in depth.KEYS)  # pyright: ignore[reportReturnType]
+    before = OmegaConf.load(init.run / "config.yaml")
+    role = (init.manifest.get("trained") or [""])[0]
+    if before.adapter is not None or role in ("", "autoencoder"):
+        return initial_depth(before)
+    names = load_checkpoint(init.weights, verify=False).weights
+    return depth.depth_in(k.removeprefix(f"{role}/") for k in names if k.startswith(f"{role}/"))
+
+
+def with_transformer(model: Flux2, transformer: nn.Module) -> Flux2:
+    """The model with a network of a role's, which may have fewer blocks, as its transformer."""
+    if transformer is model.transformer:
+        return model
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in transformer.parameters())
+    return replace(model, transformer=transformer, info=replace(model.info, parameters=count))
+
+
+def cut(model: Flux2, names: Iterable[str]) -> None:
+    """Leaves the model as many blocks as weights of these names are for, the first ones: what was
+    made smaller is about to be read into it."""
+    found = depth.depth_in(names)
+    if found == depth.depth_of(model.transformer):
+        return
+    shorter = depth.shortened(model.transformer, depth.all_blocks(found))
+    smaller = with_transformer(model, shorter)
+    model.transformer, model.info = smaller.transformer, smaller.info
+
+
+def _apply(
+    model: Flux2, weights: Mapping[str, Tensor], role: str, adapter: Any, shape: Any = None
+) -> None:
+    """Puts a role's trained weights, or its adapter, into the model's transformer. shape: the
+    policy's of a run that trained one; its head becomes the model's."""
     from flux2 import adapters
 
     mine = {k.removeprefix(f"{role}/"): v for k, v in weights.items() if k.startswith(f"{role}/")}
+    mine, head = policy.parted(mine)
+    model.head = None
+    if shape is not None:
+        model.head = policy.Head.of(head, PolicyShape(**shape)).to(model.device)
     if adapter is None:
+        cut(model, mine)
         model.transformer.load_state_dict(mine)
         return
     body = model.transformer
-    adapters.add(body, adapters.LoRA(adapter.rank, adapter.alpha, adapter.targets), role)
+    targets = embedder.targets(adapter.targets) if embedder.trained(mine) else adapter.targets
+    adapters.add(body, adapters.LoRA(adapter.rank, adapter.alpha, targets), role)
     for name, parameter in adapters.parameters(body, role).items():
         parameter.data.copy_(mine[name])
     where = next(body.parameters()).device  # the host, if it is to be quantised

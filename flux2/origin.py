@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from flux2 import adapters
+from flux2 import adapters, embedder
 from flux2.adapters import LoRA
 from flux2.checkpoint import load_checkpoint
 from flux2.distributed import pick_device
@@ -27,10 +27,12 @@ from flux2.export import (
 )  # fmt: skip
 from flux2.formats import Adapter
 from flux2.lineage import resolve_init, result_role
-from flux2.model import DTYPES, Flux2, check_model, load_initial
+from flux2.model import DTYPES, Flux2, check_model, cut, embed_as, load_initial
+from flux2.policy import Head, parted
 from flux2.runs import Run
 from flux2.schedule import EmpiricalShift, Schedule
 from flux2.train import build
+from flux2.types import PolicyShape
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Origin:
         lora: the adapter's shape, if it is one.
         schedule: of the sampler that the run was evaluated with.
         source, parent: for the manifest, see flux2.lineage.export_manifest.
+        head: of a policy student's run. renoise: whether the run's sampler noises x̂0 anew.
     """
 
     cfg: Any
@@ -55,6 +58,8 @@ class Origin:
     schedule: Schedule = field(default_factory=EmpiricalShift)
     source: Mapping[str, Any] = field(default_factory=dict)
     parent: Mapping[str, str] | None = None
+    head: Head | None = None
+    renoise: bool = False
 
 
 def origin_of(cfg: Any) -> Origin:
@@ -84,7 +89,9 @@ def origin_of(cfg: Any) -> Origin:
     sampler = OmegaConf.select(before, "sampler.schedule")
     schedule = EmpiricalShift() if sampler is None else build(sampler)
     role = made or before.model.role
-    come = {"schedule": schedule, "source": init.manifest, "parent": init.parent()}
+    renoise = OmegaConf.select(before, "sampler.solver") == "renoise"
+    come = {"schedule": schedule, "source": init.manifest, "parent": init.parent(),
+            "renoise": renoise}  # fmt: skip
     if init.is_export:
         before.init_from, before.model.role = cfg.init_from, role
         return Origin(before, role, **come)
@@ -94,7 +101,12 @@ def origin_of(cfg: Any) -> Origin:
     if not mine:
         others = ", ".join(sorted({k.split("/")[0] for k in stored}))
         raise InputError(f"role={name}: {init.weights} has {others}: choose one")
+    mine, head = parted(mine)
+    if head:
+        come["head"] = Head.of(head, PolicyShape(**init.manifest["policy"]))
     lora = None if before.adapter is None else build(before.adapter)
+    if lora is not None and embedder.trained(mine):
+        lora = replace(lora, targets=embedder.targets(lora.targets))
     return Origin(before, role, name, mine, lora, **come)
 
 
@@ -126,6 +138,8 @@ def targets_of(cfg: Any, origin: Origin) -> list[Target]:
             schedule,
             origin.source,
             origin.parent,
+            origin.head,
+            origin.renoise,
         )
         check_target(target, None if adapter is None else adapter.pairs)
         targets.append(target)
@@ -136,6 +150,9 @@ def load_origin(origin: Origin, device: torch.device) -> tuple[Flux2, dict[str, 
     """(the model with the trained role in its transformer, the weights that an adapter lies on, or
     the result's own in fp32)."""
     model = load_initial(origin.cfg, device)
+    if origin.name and origin.lora is None:
+        cut(model, origin.weights)
+    embed_as(model, origin.weights, origin.cfg.seed, origin.source)
     body = model.transformer
     weights, _ = tensors_of(body, None)
     if not origin.name:
@@ -167,6 +184,7 @@ def export(cfg: Any) -> dict[str, Any]:
     run.update(model_role=origin.model_role)
     exports: dict[str, Any] = {}
     for target in targets:
+        target = replace(target, head=target.head or model.head)
         used = name if target.merge or target.format in LORA else None
         want = expected(model, model.transformer, used)
         folder = run.path / "export" / target.format

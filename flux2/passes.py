@@ -13,6 +13,7 @@ from flux2 import adapters, attention, quantise
 from flux2.activations import FEW, Curve, Pass, emptied, fake, follow
 from flux2.adapters import LoRA
 from flux2.architecture import build
+from flux2.depth import KEYS, KINDS
 from flux2.latents import LatentCodec
 from flux2.roles import AutoencoderRole, VelocityRole
 from flux2.types import Condition
@@ -50,11 +51,13 @@ class Call:
         graded: with gradients.
         owner: trained, follower or frozen: whose weights. decoder: the images of what the graded
             forwards before it have made of the latents, one step after the other.
+        states: after how many blocks hidden states are handed out (flux2.types.Features).
     """
 
     rows: int
     graded: bool
     owner: str = "trained"
+    states: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,23 +97,25 @@ class Decoder:
 
 def velocity_curve(
     config: Mapping[str, Any], calls: Sequence[Call], shape: Shape, setting: Setting,
-    decoder: Decoder | None = None,
+    decoder: Decoder | None = None, short: Mapping[str, Any] | None = None,
 ) -> Curve:  # fmt: skip
     """Bytes over forwards of a Flux2Transformer2DModel of this config, made in order, and over the
     backward pass through those with gradients.
 
     decoder: needed where a call is a decoding. What looks at the images is not counted, save for
-    the images and their gradient.
+    the images and their gradient. short: config of what is trained, and of what follows it, where
+    that has fewer blocks.
     """
-    depth = {"double": int(config["num_layers"]), "single": int(config["num_single_layers"])}
-    few = {
-        **config,
-        "num_layers": min(depth["double"], FEW),
-        "num_single_layers": min(depth["single"], FEW),
+    own = config if short is None else short
+    shapes: dict[str, Mapping[str, Any]] = {"trained": own, "follower": own, "frozen": config}
+    depth = {
+        f"{kind} {owner}": int(mine[key])
+        for owner, mine in shapes.items()
+        for kind, key in zip(KINDS, KEYS, strict=True)
     }
     forwards = [c for c in calls if c.owner != "decoder"]
     owners = {_place(c.owner, setting) for c in forwards}
-    networks = {owner: _network(few, owner, setting) for owner in owners}
+    networks = {owner: _network(_few(shapes[owner]), owner, setting) for owner in owners}
     vae = None if decoder is None else _meta(decoder.config).to(decoder.dtype)
     with fake(setting.cuda) as tracker:
         roles = {}
@@ -130,6 +135,7 @@ def velocity_curve(
 
         def run() -> list[Tensor]:
             outs: list[Tensor] = []
+            seen: list[Tensor] = []  # hidden states of frozen networks, which others are held to
             left = rows  # a path of latents, until they are decoded
             path = samples[forwards[0].rows][0][:rows]
             for call in calls:
@@ -143,6 +149,7 @@ def velocity_curve(
                 with torch.set_grad_enabled(call.graded):
                     if not (left and call.graded):
                         outs.append(role(x, t, cond))
+                        outs += _states(outs[-1], call, cond, config, setting, seen)
                         continue
                     branches = call.rows // left  # two where they are guided
                     v = role(torch.cat([path] * branches) if branches > 1 else path, t, cond)
@@ -151,12 +158,42 @@ def velocity_curve(
 
         inputs = [t for sample in samples.values() for t in _tensors(sample)]
         inputs += [] if codec is None else [codec.mean, codec.std]
-        blocks: dict[str, list[Sequence[nn.Module]]] = {"double": [], "single": []}
-        for network in networks.values():
-            blocks["double"].append(list(network.transformer_blocks))  # pyright: ignore
-            blocks["single"].append(list(network.single_transformer_blocks))  # pyright: ignore
+        blocks: dict[str, list[Sequence[nn.Module]]] = {}
+        for owner, network in networks.items():
+            blocks[f"double {owner}"] = [list(network.transformer_blocks)]  # pyright: ignore
+            blocks[f"single {owner}"] = [list(network.single_transformer_blocks)]  # pyright: ignore
         all_networks = [*networks.values(), *([] if vae is None else [vae])]
         return follow(Pass(all_networks, run, inputs, blocks), tracker, depth)
+
+
+def _few(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the blocks that are really run."""
+    return {**config, **{key: min(int(config[key]), FEW) for key in KEYS}}
+
+
+def _states(
+    v: Tensor, call: Call, cond: Condition, config: Mapping[str, Any], setting: Setting,
+    seen: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """What handing out hidden states and comparing them keeps, as storages of their sizes: those
+    that are compared with go to `seen`, their differences from graded ones are returned."""
+    b, n = v.shape[:2]
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    held = setting.autocast or setting.base
+    if not call.graded:
+        every = n + cond.text.shape[1] + (0 if cond.ref is None else cond.ref.shape[1])
+        raw = [torch.empty(b, every, width, dtype=held) for _ in range(call.states)]
+        seen += raw if held == torch.float32 else [torch.empty(b, n, width) for _ in raw]
+        return []
+    out: list[Tensor] = []
+    for k in range(call.states):
+        # In the backward pass a state's gradient goes where it came from; v stands for that.
+        state = v.mean(-1, keepdim=True).expand(b, n, width)
+        if held != torch.float32:  # its copy in fp32; else it is the block's own output
+            state = state.contiguous()
+            seen.append(state)
+        out.append(state - (seen[k][:, :n] if k < len(seen) else 0.0))
+    return out
 
 
 def _place(owner: str, setting: Setting) -> str:

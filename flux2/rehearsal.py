@@ -46,11 +46,33 @@ class Rehearsal:
     autoencoder: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class _Law:
+    """A policy's answers; they ask nobody."""
+
+    v: Tensor
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: b n c → b n c."""
+        return self.v
+
+    def detach(self) -> _Law:
+        """Without gradients."""
+        return _Law(self.v.detach())
+
+    def without(self, dropped: Tensor) -> _Law:
+        """The same."""
+        return self
+
+
 class _Role:
     """A velocity, or an autoencoder, that notes its calls."""
 
-    def __init__(self, spec: RoleSpec, note: Callable[[int, bool], None]) -> None:
+    def __init__(self, spec: RoleSpec, note: Callable[..., None], depth: tuple[int, int]) -> None:
         self.scale = torch.ones((), requires_grad=spec.trainable)
+        self.depth = depth
+        if spec.blocks is not None:
+            self.depth = (len(spec.blocks[0]), len(spec.blocks[1]))
         self._note = note
 
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -58,9 +80,21 @@ class _Role:
         self._note(len(x), torch.is_grad_enabled() and self.scale.requires_grad)
         return 0.1 * self.scale * x
 
+    def policy(self, x: Tensor, t: Tensor, cond: Condition) -> _Law:
+        """x: b n c → one velocity for all that follows."""
+        return _Law(self(x, t, cond))
+
     def features(self, x: Tensor, t: Tensor, cond: Condition, block: int) -> tuple[Tensor, Tensor]:
         """Raises InputError: what alignment's networks take is not known here."""
         raise InputError("the plan does not know representation alignment: plan without align=")
+
+    def states(
+        self, x: Tensor, t: Tensor, cond: Condition, blocks: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x: b n c → b n c, and as much for each of `blocks`."""
+        self._note(len(x), torch.is_grad_enabled() and self.scale.requires_grad, len(blocks))
+        v = 0.1 * self.scale * x
+        return v, [v for _ in blocks]
 
     def reconstruct(self, images: Tensor, noise: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         """images: b 3 h w → reconstruction, mean, log-variance."""
@@ -79,6 +113,7 @@ def rehearse(
     unconditional: bool,
     guidance: bool,
     references: bool,
+    depth: tuple[int, int] = (1, 1),
 ) -> Rehearsal:
     """One step of a method on a batch of `rows`.
 
@@ -87,6 +122,7 @@ def rehearse(
         latents, images, unconditional: what data.collate makes.
         guidance: the model takes an embedded guidance strength.
         references: the batch has reference images.
+        depth: double-stream and single-stream blocks of the model.
     """
     calls: list[Call] = []
     decoded = [0]
@@ -96,11 +132,11 @@ def rehearse(
     score.names += tuple(getattr(getattr(method, "advantage", None), "weights", None) or ())
     specs = method.roles
 
-    def noter(name: str) -> Callable[[int, bool], None]:
+    def noter(name: str) -> Callable[..., None]:
         owner = _owner(specs[name])
-        return lambda count, graded: calls.append(Call(count, graded, owner))
+        return lambda count, graded, states=0: calls.append(Call(count, graded, owner, states))
 
-    roles = {name: _Role(spec, noter(name)) for name, spec in specs.items()}
+    roles = {name: _Role(spec, noter(name), depth) for name, spec in specs.items()}
     batch = _batch(rows, latents, images, unconditional, guidance, references)
     rng = Rng(0, 0)
     with contextlib.redirect_stdout(io.StringIO()):

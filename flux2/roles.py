@@ -9,17 +9,20 @@ reads or writes weights through a Storage, which knows where they lie.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flux2 import adapters
+from flux2 import adapters, depth, embedder
 from flux2.adapters import LoRA
 from flux2.errors import InputError
-from flux2.model import AUTOCAST, Flux2
+from flux2.model import AUTOCAST, Flux2, give_embedder
+from flux2.policy import PREFIX, Head, PolicyRole
+from flux2.results import open_result
 from flux2.rng import keyed
 from flux2.types import Condition, RoleSpec
 
@@ -40,6 +43,7 @@ class VelocityRole:
 
     Attributes:
         root: what a call goes through; a sharded engine puts itself there.
+        embeds: whether it takes cond.guidance; None: as the backbone does.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class VelocityRole:
         switch: adapters.Switch,
         adapter: str | None,
         autocast: torch.dtype | None,
+        embeds: bool | None = None,
     ) -> None:
         self.backbone, self.adapter = backbone, adapter
+        self.embeds = embedder.has(backbone) if embeds is None else embeds
         self._switch, self._autocast = switch, autocast
         self.root: Callable[[Callable[[], Tensor]], Tensor] = lambda call: call()
 
@@ -60,8 +66,8 @@ class VelocityRole:
             tokens = torch.cat([tokens, cond.ref.float()], 1)
             ids = torch.cat([ids, cond.ref_ids], 1)
         kwargs = None if cond.mask is None else {"attention_mask": cond.mask[:, None, None]}
-        if bool(self.backbone.config.guidance_embeds) != (cond.guidance is not None):  # pyright: ignore
-            raise ValueError("guidance must be given to a model with the embedder, and to no other")
+        if self.embeds != (cond.guidance is not None):
+            raise ValueError("guidance must be given to a role with the embedder, and to no other")
         def run() -> Tensor:
             # Inside the root: DeepSpeed switches an autocast of outside off.
             with self._switch(self.adapter), self._cast(x.device):
@@ -81,20 +87,47 @@ class VelocityRole:
 
     def features(self, x: Tensor, t: Tensor, cond: Condition, block: int) -> tuple[Tensor, Tensor]:
         """See `flux2.types.Features`. Raises InputError for a block that there is not."""
+        v, (states,) = self.states(x, t, cond, (block,))
+        return v, states
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """See `flux2.types.Features`."""
+        return depth.depth_of(self.backbone)
+
+    def states(
+        self, x: Tensor, t: Tensor, cond: Condition, blocks: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `flux2.types.Features`. Raises InputError for a block that there is not."""
         body: Any = self.backbone
-        blocks = [*body.transformer_blocks, *body.single_transformer_blocks]
-        if not 1 <= block <= len(blocks):
-            raise InputError(f"there is no block {block}: the transformer has 1 to {len(blocks)}")
-        kept: list[Any] = []
-        handle = blocks[block - 1].register_forward_hook(lambda *call: kept.append(call[-1]))
+        there = [*body.transformer_blocks, *body.single_transformer_blocks]
+        for block in blocks:
+            if not 1 <= block <= len(there):
+                raise InputError(
+                    f"there is no block {block}: the transformer has 1 to {len(there)}"
+                )
+        kept: dict[int, Any] = {}
+
+        def keeper(block: int) -> Callable[..., None]:
+            def keep(*call: Any) -> None:
+                kept[block] = call[-1]
+
+            return keep
+
+        handles = [there[b - 1].register_forward_hook(keeper(b)) for b in blocks]
         try:
             v = self(x, t, cond)
         finally:
-            handle.remove()
-        # A double-stream block gives (text, image), a single-stream one both in one row.
-        out = kept[0]
+            for handle in handles:
+                handle.remove()
+        return v, [self._target(kept[b], x, cond) for b in blocks]
+
+    @staticmethod
+    def _target(out: Any, x: Tensor, cond: Condition) -> Tensor:
+        """The target tokens' states, of what a block gives: a double-stream one (text, image), a
+        single-stream one both in one row."""
         states = out[1] if isinstance(out, tuple) else out[:, cond.text.shape[1] :]
-        return v, states[:, : x.shape[1]].float()
+        return states[:, : x.shape[1]].float()
 
     def _cast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
@@ -110,13 +143,15 @@ class VelocityRole:
         return checkpoint(run, *args, use_reentrant=False)
 
 
-def velocity_of(model: Flux2, autocast: str = "fp32") -> VelocityRole:
+def velocity_of(model: Flux2, autocast: str = "fp32") -> VelocityRole | PolicyRole:
     """A model as it is, with no adapter, as a velocity; for whoever samples and does not train.
+    A policy student is a policy, too.
 
     autocast: of conf/engine, a key of `flux2.model.AUTOCAST`.
     """
     network = model.transformer
-    return VelocityRole(network, adapters.Switch(network), None, AUTOCAST[autocast])
+    role = VelocityRole(network, adapters.Switch(network), None, AUTOCAST[autocast])
+    return role if model.head is None else PolicyRole(role, model.head)
 
 
 def _active(switch: adapters.Switch) -> str | None:
@@ -243,10 +278,22 @@ class Roles(Mapping[str, Any]):
         self._averages: dict[str, dict[str, Tensor]] = {}
         self.backbones = Backbones()
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
-        placed = {name: self._place(name, spec, model, lora) for name, spec in specs.items()}
+        embeds = model.info.guidance_embeds
+        if not embeds and any(spec.embeds for spec in specs.values()):
+            strengths = (s.strength for s in specs.values() if s.strength is not None)
+            give_embedder(model, seed, next(strengths, None))
+        for name, spec in specs.items():
+            if embeds and spec.embeds is False:
+                raise InputError(
+                    f"{name} must be a model without a guidance embedder, and {model.info.name} "
+                    "was trained with one: choose a base"
+                )
+        last = sorted(specs, key=lambda name: specs[name].source is not None)
+        placed = {name: self._place(name, specs[name], model, lora) for name in last}
         switches = {k: adapters.Switch(m) for k, m in self.backbones.items()}
         self._roles: dict[str, Any] = {}
-        for name, (backbone, adapter) in placed.items():
+        for name in specs:
+            backbone, adapter = placed[name]
             module = self.backbones[backbone]
             if specs[name].kind == "autoencoder":
                 self._roles[name] = AutoencoderRole(module, autocast)
@@ -254,8 +301,12 @@ class Roles(Mapping[str, Any]):
             if specs[name].kind == "projector":
                 self._roles[name] = module
                 continue
-            role = VelocityRole(module, switches[backbone], adapter, autocast)
+            takes = embeds if specs[name].embeds is None else specs[name].embeds
+            role = VelocityRole(module, switches[backbone], adapter, autocast, takes)
             self._roles[name] = role
+            if specs[name].kind == "policy":
+                head: Any = self.backbones[f"{name}_head"]
+                self._roles[name] = PolicyRole(role, head)
             if checkpointing and specs[name].trainable:
                 module.enable_gradient_checkpointing(role.checkpointed)  # pyright: ignore
         for name, spec in specs.items():
@@ -293,21 +344,70 @@ class Roles(Mapping[str, Any]):
             self.backbones[name] = _projector(model, spec, self._seed, name)
             self._parameters[name] = self._owned(self.backbones[name].named_parameters())
             return name, None
+        if spec.source is not None:
+            return self._sourced(name, spec.source, model)
+        if spec.kind == "policy":
+            self._parameters[name] = self._headed(name, spec, model)
+        leader = spec if spec.follows is None else self.specs[spec.follows]
+        if leader.blocks is not None:
+            if lora is not None:
+                raise InputError(
+                    f"{name} has fewer blocks than {model.info.name}, which shares no backbone: "
+                    "train all weights (adapter=null)"
+                )
+            self.backbones[name] = depth.shortened(model.transformer, leader.blocks)
+            if own:
+                self._own(name, self.backbones[name].named_parameters())
+            return name, None
         if not own:
             self.backbones["base"] = model.transformer
             return "base", None
         if lora is not None:
             self.backbones["base"] = model.transformer
+            if spec.embeds:
+                lora = replace(lora, targets=embedder.targets(lora.targets))
             adapters.add(model.transformer, lora, name, self._seed)
-            self._parameters[name] = self._owned(
-                adapters.parameters(model.transformer, name).items()
-            )
+            self._own(name, adapters.parameters(model.transformer, name).items())
             return "base", name
-        others = [s for n, s in self.specs.items() if n != name and s.kind == spec.kind]
+        alike = ("velocity", "policy")  # both are transformers
+        others = [s for n, s in self.specs.items() if n != name and s.kind in alike]
         alone = not others
         self.backbones[name] = model.transformer if alone else copy.deepcopy(model.transformer)
-        self._parameters[name] = self._owned(self.backbones[name].named_parameters())
+        self._own(name, self.backbones[name].named_parameters())
         return name, None
+
+    def _own(self, name: str, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Adds to what a role owns."""
+        self._parameters[name] = {**self._owned(named), **self._parameters.get(name, {})}
+
+    def _headed(self, name: str, spec: RoleSpec, model: Flux2) -> dict[str, nn.Parameter]:
+        """A policy's head: the model's where it has one of that shape, else a fresh one."""
+        config: Any = model.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        head = Head(width, config.out_channels or config.in_channels, spec.policy, self._seed)
+        if model.head is not None:
+            if model.head.shape.components != spec.policy.components:
+                raise InputError(
+                    f"{model.info.name} is a policy of {model.head.shape.components} components: "
+                    f"set method.components to that, and not to {spec.policy.components}"
+                )
+            head.load_state_dict(model.head.state_dict())
+        self.backbones[f"{name}_head"] = head.to(model.device)
+        return {PREFIX + k: p for k, p in self._owned(head.named_parameters()).items()}
+
+    def _sourced(self, name: str, source: str, model: Flux2) -> tuple[str, str | None]:
+        """Where another run's result lives, frozen."""
+        found = open_result(source, model)
+        if isinstance(found, nn.Module):
+            self.backbones[name] = found
+            return name, None
+        self.backbones["base"] = model.transformer
+        adapters.add(model.transformer, found.lora, name, self._seed)
+        for key, parameter in adapters.parameters(model.transformer, name).items():
+            lent = found.tensors[key.replace(f".{name}.", f".{found.name}.")]
+            parameter.data = lent.to(parameter.device, parameter.dtype, copy=True)
+            parameter.requires_grad_(False)
+        return "base", name
 
     def _owned(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
         """What a role owns, by name; bf16 would swallow updates, so it is fp32 unless the engine

@@ -7,7 +7,7 @@ is the caller's choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from flux2.errors import InputError
 from flux2.flow import Kernel, Transition, exact
 from flux2.schedule import Grid
-from flux2.types import Condition, Velocity, cat_conditions
+from flux2.types import Condition, Law, Policy, Velocity, cat_conditions
 
 Progress = Callable[[int], None]
 """Called after each step with the number of steps done."""
@@ -39,15 +39,25 @@ def guided(velocity: Velocity, scale: float) -> Velocity:
                 f"guidance {scale:g} needs the empty prompt's condition (cond.null): encode it, or "
                 "set guidance to 1"
             )
-        pair = [replace(c, null=None) for c in (cond, cond.null)]
-        if _shapes(pair[0]) == _shapes(pair[1]):
-            v = velocity(torch.cat([x, x]), torch.cat([t, t]), cat_conditions(pair))
-            v_c, v_u = v.chunk(2)
-        else:
-            v_c, v_u = (velocity(x, t, c) for c in pair)
+        v_c, v_u = branches(velocity, x, t, cond)
         return v_u + scale * (v_c - v_u)
 
     return call
+
+
+def branches(
+    velocity: Velocity, x: Tensor, t: Tensor, cond: Condition
+) -> tuple[Tensor, Tensor]:
+    """The velocities with the prompt and with the empty one, cond.null: b n c each. One forward on
+    both where their shapes agree, two otherwise."""
+    assert cond.null is not None
+    pair = [replace(c, null=None) for c in (cond, cond.null)]
+    if _shapes(pair[0]) == _shapes(pair[1]):
+        v = velocity(torch.cat([x, x]), torch.cat([t, t]), cat_conditions(pair))
+        v_c, v_u = v.chunk(2)
+        return v_c, v_u
+    v_c, v_u = (velocity(x, t, c) for c in pair)
+    return v_c, v_u
 
 
 def _shapes(cond: Condition) -> dict[str, torch.Size]:
@@ -93,6 +103,87 @@ def sample_heun(
         if after > 0:
             v = (v + _at(velocity, x + (after - sigma) * v, cond, after)) / 2
         x = x + (after - sigma) * v
+        if progress is not None:
+            progress(i + 1)
+    return x
+
+
+def sample_renoise(
+    velocity: Velocity,
+    x: Tensor,
+    cond: Condition,
+    grid: Grid,
+    noise: Callable[[int], Tensor],
+    progress: Progress | None = None,
+) -> Tensor:
+    """The sampler of consistency models (arXiv 2303.01469, alg. 1) and of DMD2: each step's x̂0 is
+    noised anew, x' = (1 − σ')·x̂0 + σ'·ε, as diffusers' FlowMatchEulerDiscreteScheduler does with
+    stochastic_sampling.
+
+    noise: number of the step → ε of its end, b n c, standard normal; not asked for the last one.
+    """
+    (x,) = exact(x)
+    for i in range(grid.steps):
+        sigma, after = grid.sigmas[i : i + 2]
+        x = x - sigma * _at(velocity, x, cond, sigma)
+        if after > 0:
+            x = (1 - after) * x + after * noise(i).to(x)
+        if progress is not None:
+            progress(i + 1)
+    return x
+
+
+def sample_flowmap(
+    velocity: Velocity,
+    x: Tensor,
+    cond: Condition,
+    grid: Grid,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Jumps of a flow map that knows its interval (MeanFlow, arXiv 2505.13447):
+    x' = x − (σ − σ')·u(x, σ', σ), told as cond.guidance = σ − σ'. x: b n c at sigmas[0]."""
+    (x,) = exact(x)
+    for i in range(grid.steps):
+        sigma, after = grid.sigmas[i : i + 2]
+        told = replace(cond, guidance=x.new_full(x.shape[:1], sigma - after))
+        x = x + (after - sigma) * _at(velocity, x, told, sigma)
+        if progress is not None:
+            progress(i + 1)
+    return x
+
+
+def substates(
+    law: Law, x: Tensor, sigma: float, after: float, substeps: int
+) -> Iterator[tuple[float, Tensor]]:
+    """(t, x_t) of a policy's path from (sigma, x) to `after` by equal Euler steps, both ends told;
+    the network is not called. x: b n c."""
+    (x,) = exact(x)
+    t = sigma
+    for m in range(1, substeps + 1):
+        yield t, x
+        # The last one lands on `after` itself, which rounding would miss.
+        end = after if m == substeps else sigma + (after - sigma) * m / substeps
+        x = x + (end - t) * law.velocity(x, x.new_full(x.shape[:1], t))
+        t = end
+    yield t, x
+
+
+def sample_policy(
+    policy: Policy,
+    x: Tensor,
+    cond: Condition,
+    grid: Grid,
+    substeps: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The ODE of a policy (π-Flow, arXiv 2510.14974): one forward at each sigma of the grid, and
+    from there `substeps` Euler steps to the next without the network. x: b n c at sigmas[0]."""
+    (x,) = exact(x)
+    for i in range(grid.steps):
+        sigma, after = grid.sigmas[i : i + 2]
+        law = policy.policy(x, x.new_full(x.shape[:1], sigma), cond)
+        for _, state in substates(law, x, sigma, after, substeps):
+            x = state
         if progress is not None:
             progress(i + 1)
     return x

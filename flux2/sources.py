@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2 import architecture, latents
+from flux2.depth import KEYS
 from flux2.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -208,14 +209,15 @@ def check_role(role: str, transformer: Mapping[str, Any], where: object) -> None
         )
 
 
-def check_index(folder: Path, cfg: Any) -> None:
-    """Refuses a folder that lacks a part, or whose model_index.json tells of another role."""
+def check_index(folder: Path, cfg: Any, own_role: bool = True) -> None:
+    """Refuses a folder that lacks a part, or whose model_index.json tells of another role where
+    model.role is its own."""
     content = read_json(folder / "model_index.json")
     for part in FOLDERS:
         if part != left_out(cfg) and not (folder / part).is_dir():
             raise InputError(f"{folder} has no {part} folder: restore it")
     distilled = bool(content.get("is_distilled", False))
-    if left_out(cfg) is None and distilled != (cfg.role == "distilled"):
+    if own_role and left_out(cfg) is None and distilled != (cfg.role == "distilled"):
         found = "distilled" if distilled else "not distilled"
         raise InputError(
             f"{folder} is {found}, but model.role is {cfg.role}: set model.role to match"
@@ -236,6 +238,12 @@ def check_config(folder: Path, part: str, shape: Mapping[str, Any] | None) -> di
     else:
         wanted["_class_name"] = architecture.image_class(part).__name__
         wanted.pop("sample_size", None)  # a hint for pipelines, not a shape
+        if found.get("guidance_embeds"):  # a run may have given it the embedder: see check_role
+            wanted.pop("guidance_embeds", None)
+    if part == "transformer" and (folder.parent / "manifest.json").is_file():
+        for key in KEYS:  # a run may have made it shorter, and its export says how deep it is
+            if key in wanted and 0 < found.get(key, 0) < wanted[key]:
+                del wanted[key]
     for key, want in wanted.items():
         have = found.get(key, want)
         if have != want:

@@ -40,14 +40,23 @@ from flux2.lineage import (
 )
 from flux2.log import Log
 from flux2.loop import Hook, fit
-from flux2.model import AUTOCAST, DTYPES, Flux2, check_model, load_initial
+from flux2.model import AUTOCAST, DTYPES, STRENGTH, Flux2, check_initial, load_initial
 from flux2.monitor import Blind, Monitor, go_back
 from flux2.optim import LearningRate
+from flux2.results import (
+    check_not_policy,
+    check_same_teachers,
+    check_source,
+    lent,
+    shape_of,
+    sources_of,
+    taught,
+)
 from flux2.roles import Roles
 from flux2.runs import Run, resolve_resume
 from flux2.schedule import Schedule
 from flux2.scorer import Scorer, calibrate, close
-from flux2.types import Batch, Deferred, Method
+from flux2.types import Batch, Deferred, Described, Method
 from flux2.zero import Sharded
 
 ASIDE = 10**6
@@ -144,14 +153,20 @@ def _fitted(
     method: Method = build(cfg.method, **({} if reward is None else {"score": score}))
     for name, spec in method.roles.items():
         check_role(cfg, name, spec)
-    check_model(cfg.model)  # after the rest: it imports the models' classes, which takes seconds
+        if spec.source is not None:
+            check_source(spec.source, cfg.model.name)
+    check_initial(cfg)  # after the rest: it imports the models' classes, which takes seconds
     schedule = build(cfg.sampler.schedule) if cfg.get("sampler") is not None else None
     if schedule is not None and cfg.train.export:
         check_target(Target("diffusers", DTYPES[cfg.train.export_dtype], schedule=schedule), None)
     parts = Parts(
         dataset, lora, rate, evaluation, heldout, monitor, reward, score, method, schedule
     )
-    check_lineage(cfg, init_of(cfg), method.accepts, parts.schedule_hash)
+    init = init_of(cfg)
+    check_lineage(cfg, init, method.accepts, parts.schedule_hash)
+    check_not_policy(cfg, init)
+    if shape_of(method.roles) is not None and cfg.get("sampler") is not None:
+        build(cfg.sampler).check_policy()
     return parts
 
 
@@ -187,6 +202,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
                 lines = (
                     describe(run.path), licence_note(cfg), parts.score.describe(), plan.line(cfg),
                     *report(parts.dataset),
+                    parts.method.describe() if isinstance(parts.method, Described) else "",
                 )  # fmt: skip
             for line in filter(None, lines):
                 print(line, flush=True)
@@ -198,16 +214,25 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         )  # fmt: skip
         if cfg.data.release_encoder:
             _release(data, parts)
+        teachers = sources_of(parts.method.roles, cfg.model.name)
+        base = asdict(model.info)  # before a role is given what the base lacks
         engine = build_engine(cfg, parts, model)
         if resumed is not None:
             check_same_base(cfg, run.manifest, model.info.hash)
+            check_same_teachers(cfg, run.manifest, teachers)
             _restore(engine, parts, data, load_checkpoint(resumed, verify=False))
         run.update(
             result_role=parts.method.result or cfg.model.role,
-            base=asdict(model.info),
+            base=base,
+            **({STRENGTH: model.info.guidance} if model.info.guidance_embeds else {}),
             trained=list(engine.roles.trainable),
+            **lent(parts.method.roles, teachers),
             # What judged pairs trains as a reward does.
-            rewards=trained_rewards(cfg, run.path, (*parts.score.engines, *judges(parts.dataset))),
+            rewards=trained_rewards(
+                cfg,
+                run.path,
+                (*parts.score.engines, *judges(parts.dataset), *taught(teachers)),
+            ),
             schedule_hash=parts.schedule_hash,
         )
         with Log(run.path, cfg.logger, cfg.train.steps, engine.step) as log:
@@ -397,6 +422,7 @@ def _export(
         DTYPES[cfg.train.export_dtype],
         role=parts.method.result or cfg.model.role,
         schedule=parts.schedule,
+        renoise=parts.schedule is not None and cfg.sampler.solver == "renoise",
         lineage=run.manifest if distributed.is_main() else {},
     )
 

@@ -27,7 +27,8 @@ class Condition:
         ref: b m c, reference latents, clean; None without references.
         ref_ids: b m 4, positions (10 + 10·i, h, w, 0) of reference i.
         mask: b (s + n + m) bool, True where a token takes part; None means all do.
-        guidance: b, embedded guidance strength, for models that have the embedder.
+        guidance: b, embedded guidance strength, for models that have the embedder; the interval
+            t − r for a flow map.
         null: the same condition with the empty prompt, for classifier-free guidance.
     """
 
@@ -158,6 +159,62 @@ class Features(Protocol):
         first being 1: b n w, fp32."""
         ...
 
+    def states(
+        self, x: Tensor, t: Tensor, cond: Condition, blocks: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same after each of `blocks`, from one forward."""
+        ...
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """How many double-stream and how many single-stream blocks there are."""
+        ...
+
+
+class Law(Protocol):
+    """What a policy says at one state, and answers from there on without the network."""
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """At a later state x: b n c, t: b → b n c."""
+        ...
+
+    def detach(self) -> Law:
+        """The same, without gradients."""
+        ...
+
+    def without(self, dropped: Tensor) -> Law:
+        """Without some of its components; dropped: b k bool."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyShape:
+    """A policy over x0 and the sampler that it is for.
+
+    Attributes:
+        components: of each token's Gaussian mixture.
+        segments: steps of the grid, each one call of the network.
+        substeps: Euler steps of a segment, none of which calls it.
+    """
+
+    components: int = 8
+    segments: int = 4
+    substeps: int = 32
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A velocity whose network is asked once a segment (flux2.policy)."""
+
+    @property
+    def shape(self) -> PolicyShape:
+        """Of what it says, and how it is sampled."""
+        ...
+
+    def policy(self, x: Tensor, t: Tensor, cond: Condition) -> Law:
+        """x: b n c, t: b → the law from there on."""
+        ...
+
 
 class Autoencoder(Protocol):
     """What the role of an autoencoder's method can do, with gradients."""
@@ -179,11 +236,23 @@ class RoleSpec:
 
     Attributes:
         trainable: gets a parameter group of its own, as an adapter or as a full copy.
-        kind: "velocity", "autoencoder", or "projector": a small network of its own from the
-            transformer's hidden states, b n w, to b n `out`.
+        kind: "velocity", "policy" (a velocity with a head of its own, see `Policy`), "autoencoder",
+            or "projector": a small network of its own from the transformer's hidden states, b n w,
+            to b n `out`.
         follows: a role whose weights this one tracks by exponential moving average.
         decay: of that average, per update of the role followed; 0 copies it.
         out: length of a projector's outputs. block: whose hidden states it takes; the first is 1.
+        embeds: whether it takes a second number, cond.guidance, through the guidance embedder,
+            which is inserted without effect where the model has none; None: as the model does.
+        strength: what an inserted embedder is given where nothing else is said, if the number is a
+            strength of guidance; None: it is another number, and who asks must give it.
+        blocks: numbers of the double-stream and of the single-stream blocks that it keeps of the
+            model's, on a backbone of its own; None: all of them. What follows it keeps the same.
+        policy: shape of a role of that kind.
+        tangents: whether forward-mode derivatives are taken through it.
+        source: a run or an export whose result a frozen role is, and not what this run starts from:
+            its adapter on the shared backbone where it was trained on the same weights, else a
+            backbone of its own.
     """
 
     trainable: bool = False
@@ -192,6 +261,12 @@ class RoleSpec:
     decay: float = 0.0
     out: int = 0
     block: int = 1
+    embeds: bool | None = None
+    strength: float | None = None
+    blocks: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    policy: PolicyShape = field(default_factory=PolicyShape)
+    source: str | None = None
+    tangents: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,6 +316,15 @@ class Method(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of state_dict."""
+        ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A method that says, before the first step, what its settings amount to."""
+
+    def describe(self) -> str:
+        """A line."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What methods share besides their axes: draws of a noise level, rollouts, scores, weights."""
+"""What online methods share besides their axes: rollouts, scores, which groups are trained on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor
 from flux2 import distributed
 from flux2.distributed import gather
 from flux2.errors import InputError
-from flux2.flow import TimeDensity, interpolate, target_velocity
 from flux2.rng import Rng
 from flux2.samplers import sample_euler
 from flux2.schedule import Grid
-from flux2.types import Batch, Metrics, Score, Scores, Velocity
+from flux2.types import Batch, Score, Scores, Velocity
 from posttrain.advantages import FLAT, Advantage
 
 
@@ -24,39 +23,6 @@ def check_group(group: int) -> None:
     """A group of one has no spread. Raises InputError."""
     if group < 2:
         raise InputError(f"method.group is {group}: a group needs at least 2 samples to compare")
-
-
-def check_positive(values: Mapping[str, float]) -> None:
-    """values: names within method → numbers. Raises InputError for one that is not above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise InputError(f"method.{name} is {value}: it must be positive")
-
-
-@dataclass(frozen=True, eq=False)
-class Noised:
-    """Images on their way to noise, x_t = (1 − t)·x0 + t·ε. x0, eps: b n c; t: b."""
-
-    x0: Tensor
-    eps: Tensor
-    t: Tensor
-
-    @classmethod
-    def draw(cls, batch: Batch, density: TimeDensity, rng: Rng, counter: int = 0) -> Noised:
-        """One t ~ p(t) and one ε a sample; the same for the same counter."""
-        assert batch.x0 is not None
-        t = density(rng.uniform("time", batch.ids, counter=counter))
-        eps = rng("noise", batch.ids, batch.shape, counter=counter)
-        return cls(batch.x0, eps.to(batch.x0.device), t.to(batch.x0.device))
-
-    @property
-    def x(self) -> Tensor:
-        """x_t: b n c."""
-        return interpolate(self.x0, self.eps, self.t)
-
-    def matching(self, v: Tensor) -> Tensor:
-        """ℓ = ‖v − (ε − x0)‖², averaged over dimensions; v: b n c → b."""
-        return (v - target_velocity(self.x0, self.eps)).square().mean((1, 2))
 
 
 class Scoring:
@@ -273,15 +239,6 @@ def told(scores: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
 def spread(rewards: Tensor) -> Tensor:
     """Standard deviation (with n below) of the rewards that are not NaN; NaN where none is."""
     return (rewards - rewards.nanmean()).square().nanmean().sqrt()
-
-
-def weighted(batch: Batch, term: Tensor, metrics: Metrics) -> tuple[Tensor, Metrics]:
-    """A micro-batch's loss, the weighted sum of its samples' terms (b); and, before the metrics,
-    their weighted mean."""
-    assert batch.weight is not None
-    weight = batch.weight.to(term.device)
-    loss = (weight * term).sum()
-    return loss, {"loss": loss.detach() / weight.sum(), **metrics}
 
 
 def weigh(batch: Batch, valid: Tensor) -> Tensor:

@@ -18,20 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flux2.errors import check_positive
 from flux2.flow import LogitNormal, TimeDensity
+from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import EmpiricalShift, Schedule
 from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
-from posttrain._common import (
-    GroupFilter,
-    Noised,
-    check_group,
-    check_positive,
-    draw_euler,
-    rollout,
-    weighted,
-)
+from posttrain._common import GroupFilter, check_group, draw_euler, rollout
 from posttrain.advantages import Advantage, GroupRelative
 from posttrain.axes import Anchor, clipped
 

@@ -13,13 +13,12 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from flux2.errors import InputError
+from flux2.errors import InputError, check_positive
 from flux2.flow import Kernel, Transition
 from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import Grid
 from flux2.types import Condition, RoleSpec, Velocity
-from posttrain._common import check_positive
 
 # ---------------------------------------------------------------- which steps are noisy and trained
 

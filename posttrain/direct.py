@@ -19,13 +19,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from flux2.errors import InputError
+from flux2.errors import InputError, check_positive
 from flux2.flow import interpolate
+from flux2.losses import weighted
 from flux2.rng import Rng
 from flux2.samplers import guided, sample_euler
 from flux2.schedule import EmpiricalShift, Grid, Schedule
 from flux2.types import Batch, Condition, DirectScore, Metrics, RoleSpec, Turn, Velocity
-from posttrain._common import check_positive, weighted
 from posttrain.axes import Anchor
 
 

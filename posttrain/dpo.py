@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from flux2.distributed import gather, is_main
-from flux2.errors import InputError
+from flux2.errors import InputError, check_positive
 from flux2.flow import LogitNormal, TimeDensity
+from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity, cat_conditions
-from posttrain._common import Noised, check_positive, weighted
 
 
 @dataclass

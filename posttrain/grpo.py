@@ -30,11 +30,12 @@ from torch import Tensor
 
 from flux2.errors import InputError
 from flux2.flow import FlowSDE, Kernel, Transition
+from flux2.losses import weighted
 from flux2.rng import Rng
 from flux2.samplers import guided, sample_sde
 from flux2.schedule import EmpiricalShift, Grid, Schedule
 from flux2.types import Batch, Condition, Metrics, RoleSpec, Score, Turn, Velocity
-from posttrain._common import GroupFilter, check_group, rollout, weighted
+from posttrain._common import GroupFilter, check_group, rollout
 from posttrain.advantages import Advantage, GroupRelative
 from posttrain.axes import Anchor, Clip, FirstSteps, Replayed, Surrogate, Window
 

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from flux2.distributed import gather
-from flux2.errors import InputError
+from flux2.errors import InputError, check_positive
 from flux2.flow import LogitNormal, TimeDensity
+from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity
-from posttrain._common import Noised, check_positive, weighted
 
 
 @dataclass

@@ -24,9 +24,9 @@ from flux2.flow import (
     Unweighted,
     target_velocity,
 )
+from flux2.losses import Noised
 from flux2.rng import Rng
 from flux2.types import Batch, Condition, Metrics, RoleSpec, Turn
-from posttrain._common import Noised
 
 
 class Target(Protocol):

@@ -192,6 +192,9 @@ STAGES = {
     "grpo": ("stage=grpo", *RL, "method.window.count=1", "method.window.skip=0"),
     "awm": ("stage=awm", *RL, "anchor=ema", "method.updates=2", "adapter=lora"),
     "direct": ("stage=direct", *TINY, "evaluation.trained_on=[]", "anchor=velocity"),
+    "distill": (
+        "stage=distill", *TINY, "data.batch_size=2", "method.every=2", "critic=ladd", "monitor=none"
+    ),
     "dpo": ("stage=dpo", *JUDGED),
     "kto-lora": ("stage=kto", *JUDGED, "adapter=lora"),
     "pretrain": ("stage=pretrain", *BARE, "data.cache={cache}"),
@@ -204,6 +207,7 @@ FORKS = """
     torch.set_num_threads(1)
     import run, flux2.train, flux2.generate, eval.heldout
     import posttrain.sft, posttrain.nft, posttrain.grpo, posttrain.autoencoder, rewards.ocr
+    import distill.dmd, distill.adversarial
     import posttrain.awm, posttrain.direct, posttrain.dpo, posttrain.kto, rewards.spelling
     import accelerate, peft, matplotlib.figure
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from eval.evaluation import FACTS, FOLDER, Evaluation, find
+from eval.ladder import LADDER
 from eval.records import Results
 from eval.stats import standard_error
 from flux2.errors import InputError
@@ -30,10 +31,12 @@ LOWER: Final = frozenset((
 """Words of a metric's name that say: lower is better."""
 HIGHER: Final = frozenset(("diversity", "vendi", "recall", "precision", "coverage"))
 """Words that say the contrary, whatever else the name holds (`diversity_lpips`)."""
+NEITHER: Final = frozenset(("saturation", "contrast"))
+"""Words that say: neither side is better."""
 SIDES: Final = ("higher", "lower", "none")
 BETTER, WORSE, OPEN, EQUAL = "better", "worse", "no difference found", "equal within margin"
 REFUSED: Final = "not compared"
-SAMPLING: Final = ("solver", "steps", "guidance", "grid", "size")
+SAMPLING: Final = ("solver", "steps", "guidance", "embedded_guidance", "grid", "size")
 """Keys of an evaluation's identity that say how its images were drawn."""
 
 
@@ -168,9 +171,16 @@ def _place(path: str, step: int | None) -> tuple[Path, int, Path]:
 def _result_of(run: Path, known: Mapping[int, Path]) -> int:
     """The step whose weights a finished run chose as its result (`flux2.train`), if it was
     evaluated; else the latest."""
-    facts = read_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
+    home = home_of(run)
+    facts = read_json(home / "manifest.json") if (home / "manifest.json").is_file() else {}
     chosen = facts.get("exported") if facts.get("status") == "done" else None
     return chosen["step"] if chosen and chosen["step"] in known else max(known)
+
+
+def home_of(run: Path) -> Path:
+    """The run directory that a rung's folder (`eval.ladder`) belongs to; any other is its own."""
+    there = run.resolve()
+    return there.parent.parent if there.parent.name == LADDER else run
 
 
 def _names(given: Sequence[str | None], entries: Sequence[Entry]) -> list[str]:
@@ -197,9 +207,9 @@ def _open(name: str, run: Path, step: int, folder: Path) -> Entry:
     history = {at: Evaluation.load(f) for at, f in find(run).items() if f != folder}
     evaluation = Evaluation.load(folder)
     history[step] = evaluation
-    manifest = run / "manifest.json"
+    manifest = home_of(run) / "manifest.json"
     return Entry(
-        name, run, step, evaluation, dict(sorted(history.items())), _log_lines(run),
+        name, run, step, evaluation, dict(sorted(history.items())), _log_lines(home_of(run)),
         read_json(manifest) if manifest.is_file() else {},
     )  # fmt: skip
 
@@ -231,6 +241,8 @@ def direction(metric: str, rules: Mapping[str, str] | None = None) -> str:
         if fnmatch.fnmatchcase(metric, pattern):
             return side
     words = set(re.split(r"[^a-z]+", metric.lower()))
+    if words & NEITHER:
+        return "none"
     return "lower" if words & LOWER and not words & HIGHER else "higher"
 
 

@@ -22,6 +22,7 @@ from eval.report.data import (
     curves,
     direction,
     held_out,
+    home_of,
     margin_of,
     short,
 )
@@ -108,7 +109,7 @@ def numbers(entries: Sequence[Entry], settings: Settings) -> dict[str, Any]:
         "runs": [_run(e) for e in entries],
         "metrics": metrics,
         "curves": {
-            "training": _by_metric({e.name: curves(e, settings.points) for e in entries}),
+            "training": _by_metric({e.name: curves(e, settings.points) for e in _once(entries)}),
             "held_out": _by_metric({e.name: held_out(e) for e in entries}),
         },
         **_samples(entries),
@@ -119,6 +120,14 @@ def numbers(entries: Sequence[Entry], settings: Settings) -> dict[str, Any]:
         "order": chosen or next(iter(scored), None),
         "warnings": warnings(metrics, out["runs"]),
     }
+
+
+def _once(entries: Sequence[Entry]) -> list[Entry]:
+    """One of each run's: its rungs (`eval.ladder`) share its training."""
+    first: dict[Any, Entry] = {}
+    for entry in entries:
+        first.setdefault((home_of(entry.run).resolve(), entry.step), entry)
+    return list(first.values())
 
 
 def _title(names: Sequence[str]) -> str:

@@ -224,6 +224,8 @@ def _sampling(run: Mapping[str, Any]) -> str:
     parts += [f"{known['steps']} steps"] if known.get("steps") is not None else []
     if known.get("guidance") is not None:
         parts.append(f"guidance {known['guidance']:g}")
+    if known.get("embedded_guidance") is not None:
+        parts.append(f"embedded {known['embedded_guidance']:g}")
     return ", ".join(parts) or "–"
 
 

@@ -19,6 +19,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from distill._common import Renoise
+from distill.consistency import FlowMapDistillation
+from distill.dmd import DMD
+from distill.flowmap import Squared, ToPhase
+from distill.guidance import GuidanceDistillation
 from flux2 import distributed
 from flux2.adapters import LoRA
 from flux2.checkpoint import latest_checkpoint, load_checkpoint, write_checkpoint
@@ -171,9 +176,26 @@ def refl():
     return Direct(Slope(), samples=2, steps=4, chunk=2, through=OneStep(0.3, 0.9))
 
 
+def guidance():
+    return GuidanceDistillation((1.0, 5.0), interval=(0.2, 0.9), rescale=0.7, micro=1)
+
+
+def dmd():
+    return DMD(guidance=2.0, steps=2, every=2, micro=1, ema=0.5)
+
+
+def decoupled():
+    return DMD(guidance=2.0, steps=2, every=2, micro=1, augment=Renoise(within="cleaner"))
+
+
+def phased():
+    return FlowMapDistillation(ToPhase(), Squared(), 2.0, share=0.3, micro=2, ema=0.5)
+
+
 @dataclass(frozen=True)
 class Case:
-    """A method, what is trained, and what a batch brings: images, pairs or prompts."""
+    """A method, what is trained, and what a batch brings: images, images with the empty prompt
+    ("guided"), pairs or prompts."""
 
     build: Callable[[], Any]
     lora: bool
@@ -197,6 +219,11 @@ CASES = {
     "direct-full": Case(direct, False, False, "prompts"),
     "direct-lora": Case(direct, True, True, "prompts"),
     "refl-lora": Case(refl, True, False, "prompts"),
+    "guidance-full": Case(guidance, False, True, "guided"),
+    "guidance-lora": Case(guidance, True, False, "guided"),
+    "dmd-full": Case(decoupled, False, False, "prompts"),
+    "dmd-lora": Case(dmd, True, True, "prompts"),
+    "phased-lora": Case(phased, True, True, "guided"),
     "turns-full": Case(TwoTurns, False, False),
     "turns-lora": Case(TwoTurns, True, True),
 }
@@ -244,7 +271,8 @@ def run(model: Flux2, kind: str, case: str, folder: Path, steps: int) -> None:
         still(engine)
     world = SignWorld("train", length=12, tasks={"t2i": 0.5, "recolour": 0.5})
     rollout = chosen.data == "prompts"
-    collate = Collator(model, latents=not rollout, unconditional=rollout)
+    unconditional = rollout or chosen.data == "guided"
+    collate = Collator(model, latents=not rollout, unconditional=unconditional)
     records = Judged(world) if chosen.data == "pairs" else world
     data = Loader(records, collate, 4, seed=4, caption_dropout=0.3)
     folder.mkdir(parents=True, exist_ok=True)

@@ -328,7 +328,7 @@ def test_each_comparison_notices_its_own_fault(tiny, tmp_path, monkeypatch):
     assert failed(**{name: weights[name].flip(0)}) == {"velocity"}
     with monkeypatch.context() as patch:
         shift = {"use_dynamic_shifting": False, "shift": 3.0}
-        patch.setattr("flux2.folders.scheduler_config", lambda schedule: shift)
+        patch.setattr("flux2.folders.scheduler_config", lambda *_: shift)
         assert "sigmas" in failed()
     with monkeypatch.context() as patch:  # an autoencoder that is not the run's
         stale = copy.deepcopy(tiny.vae)
@@ -431,3 +431,14 @@ def test_the_text_encoder_of_a_folder_is_copied(tiny, tiny_config, tmp_path):
     assert (first / "model_index.json").read_text() == (second / "model_index.json").read_text()
     base = json.loads((second / "manifest.json").read_text())["base"]
     assert base == {"source": str(first), "hash": model.info.hash} and base["hash"]
+
+
+def test_a_student_that_is_noised_anew_exports_its_sampler(tiny, tmp_path: Path):
+    """The scheduler's configuration says so, and the opened pipeline gives our images."""
+    weights, _ = tensors_of(tiny.transformer, None)
+    want = expected(tiny, tiny.transformer, None)
+    target = Target("diffusers", torch.float32, renoise=True)
+    report = export_weights(tiny, weights, None, tmp_path / "export", target, want)
+    assert report.differences["image"] < 1e-3
+    config = json.loads((tmp_path / "export/scheduler/scheduler_config.json").read_text())
+    assert config["stochastic_sampling"] is True

@@ -97,7 +97,7 @@ def same(folder: Path, reference: Path) -> None:
 
 
 SLOW = pytest.mark.slow
-QUICK = ("dpo-lora", "kto-full", "refl-lora")
+QUICK = ("dpo-lora", "kto-full", "refl-lora", "dmd-lora")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_two_ranks_equal_one_process(model_file, alone, tmp_path):
     cases = [
         ("ddp", "grpo-lora"), ("ddp", "kto-lora"), ("zero1", "sft-full"), ("zero2", "turns-full"),
         ("zero3", "sft-lora"), ("zero3", "grpo-full"), ("zero3", "dpo-full"),
-        ("zero3", "refl-lora"),
+        ("zero3", "refl-lora"), ("zero3", "dmd-full"), ("zero3", "dmd-lora"),
     ]  # fmt: skip
     jobs = [f"{kind}:{case}:5:{tmp_path}/{kind}-{case}" for kind, case in cases]
     shutil.copytree(alone("sft-lora", 3), tmp_path / "up")

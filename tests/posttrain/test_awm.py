@@ -16,10 +16,10 @@ from flux2.analytic import GaussianPolicy, toy_condition
 from flux2.engine import share
 from flux2.errors import InputError
 from flux2.flow import Uniform
+from flux2.losses import Noised
 from flux2.rng import Rng
 from flux2.schedule import Linear
 from flux2.types import Batch, RoleSpec
-from posttrain._common import Noised
 from posttrain.awm import AWM
 from posttrain.axes import Anchor
 

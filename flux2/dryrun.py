@@ -1,0 +1,161 @@
+"""What can be refused of a run before its parent exists: a dry run of one link of a pipeline.
+
+All parts are built and compared as a start would do it, and no weight is read. What an earlier link
+is yet to make is stood in for: its weights by what they will be called, its data by `Promised`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from flux2.chain import Facts, naming
+from flux2.checks import check
+from flux2.errors import InputError
+from flux2.export import FORMATS, LORA, Target, check_target
+from flux2.lineage import ROLES, Init, allowed, check_lineage, init_of
+from flux2.model import DTYPES, check_model
+from flux2.origin import origin_of, targets_of
+from flux2.scorer import close
+from flux2.train import assemble, build, train
+
+
+class Promised:
+    """A dataset that an earlier link is yet to make: of some length, and without a record."""
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def __getitem__(self, index: int) -> NoReturn:
+        raise InputError("the data is yet to be made")
+
+    def bucket_of(self, index: int) -> NoReturn:
+        """Unknown."""
+        raise InputError("the data is yet to be made")
+
+
+def examine(
+    cfg: DictConfig, parents: Sequence[Facts], promised: Sequence[Path], merges: bool = False
+) -> Facts:
+    """Refuses what the run `cfg` cannot be; returns what it will have made.
+
+    Args:
+        cfg: resolved.
+        parents: what it takes weights from: the run of init_from, or those of runs=.
+        promised: run directories of links that are yet to be done.
+        merges: whether it makes weights without training.
+
+    Raises:
+        InputError: as the run itself would.
+    """
+    plain, missing = cfg.copy(), naming(cfg, promised)
+    OmegaConf.set_struct(plain, False)
+    parent = parents[0] if parents and not parents[0].ready else None
+    if parent is not None and cfg.init_from is not None:
+        plain.init_from = None
+    if any(key.startswith("data.dataset") for key in missing):
+        plain.data.dataset = {"_target_": f"{__name__}.Promised"}
+        plain.data.captions = None
+        missing = [key for key in missing if not key.startswith("data.dataset")]
+    if cfg.get("train") is not None and cfg.get("method") is not None:
+        return _training(cfg, plain, parent, parents, missing)
+    if cfg.stage.name == "export":
+        _check_export(plain, parent)
+    else:
+        _check_parts(plain, parent, missing)
+    if not merges:
+        return Facts(Path(cfg.run.dir), False, False)
+    first = parents[0] if parents else None
+    role = cfg.model.role if first is None or first.role is None else first.role
+    schedule = None if first is None else first.schedule
+    return Facts(Path(cfg.run.dir), False, True, role, _models(cfg, parents), schedule)
+
+
+def _models(cfg: DictConfig, parents: Sequence[Facts]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*(m for p in parents for m in p.models), cfg.model.name]))
+
+
+def _training(
+    cfg: DictConfig, plain: DictConfig, parent: Facts | None, parents: Sequence[Facts],
+    missing: Sequence[str],
+) -> Facts:  # fmt: skip
+    """A stage that trains: what flux2.train.assemble refuses, and its lineage."""
+    models, adapter = _models(cfg, parents), cfg.get("adapter") is not None
+    # A model or an autoencoder that is yet to be made; or a stage that completes its own method.
+    if missing or cfg.stage.run != f"{train.__module__}.{train.__name__}":
+        check(plain)
+        kind: Any = get_class(cfg.method._target_)  # of an instance they may depend on its settings
+        accepts, result = kind.accepts, kind.result
+        if parent is not None:
+            _follow(cfg, parent, accepts if isinstance(accepts, tuple) else ROLES)
+        role = result if isinstance(result, str) else cfg.model.role
+        return Facts(Path(cfg.run.dir), False, True, role, models, None, adapter)
+    parts = assemble(plain)
+    try:
+        method = parts.method
+        if parent is not None:
+            _follow(cfg, parent, method.accepts, parts.schedule_hash)
+        trained = any(s.trainable and s.kind == "velocity" for s in method.roles.values())
+        role = method.result or cfg.model.role
+        schedule = parts.schedule_hash
+        return Facts(Path(cfg.run.dir), False, trained, role, models, schedule, adapter)
+    finally:
+        parts.close()
+
+
+def _follow(
+    cfg: DictConfig, parent: Facts, accepts: Sequence[str], schedule: str | None = None
+) -> None:
+    """check_lineage against weights that are yet to be made."""
+    told = {"result_role": parent.role, "schedule_hash": parent.schedule}
+    # No run lies there, so that what an earlier attempt left at its place does not count.
+    init = Init(parent.path / "unmade", told, parent.path, False)
+    check_lineage(cfg, init, accepts, schedule)
+    if parent.models and cfg.model.name not in parent.models and "base" not in allowed(cfg):
+        raise InputError(
+            f"{parent.path.name} is trained on {' and '.join(parent.models)} and the model is "
+            f"{cfg.model.name}: add model={parent.models[-1]}, or allow=[base]"
+        )
+
+
+def _check_parts(plain: DictConfig, parent: Facts | None, missing: Sequence[str]) -> None:
+    """Any other stage: its model, its lineage, and the parts that its configuration names."""
+    groups = {key.partition(".")[0] for key in missing}
+    if plain.get("model") is not None and "model" not in groups:
+        check_model(plain.model)
+        if parent is not None:
+            _follow(plain, parent, ROLES)
+        elif "runs" not in plain:
+            check_lineage(plain, init_of(plain), ROLES)
+    made: list[Any] = []
+    try:
+        for key in ("sampler", "data.dataset", "reward", "evaluation", "writer"):
+            target = OmegaConf.select(plain, f"{key}._target_")
+            if target is not None and key.partition(".")[0] not in groups:
+                made.append(build(OmegaConf.select(plain, key)))
+    finally:
+        close(*made)
+
+
+def _check_export(cfg: DictConfig, parent: Facts | None) -> None:
+    """stage=export: of weights that are there, all; of others, whether the formats can be had."""
+    if parent is None:
+        targets_of(cfg, origin_of(cfg))
+        return
+    if OmegaConf.select(cfg, "model") is not None:
+        raise InputError("the export's parent brings its own model: leave out model=")
+    names = [cfg.format] if isinstance(cfg.format, str) else list(cfg.format)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"format={names}: name each of {', '.join(FORMATS)} at most once")
+    if cfg.dtype not in DTYPES:
+        raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
+    given = {} if cfg.schedule is None else {"schedule": build(cfg.schedule)}
+    for name in names:
+        trained = ("adapter",) if parent.adapter else None
+        check_target(Target(name, DTYPES[cfg.dtype], cfg.merge, **given), trained)
+    if not cfg.merge and not set(names) & set(LORA):
+        raise InputError("merge=false writes the base without its adapter: add lora-diffusers")
