@@ -503,7 +503,8 @@ def _bytes(module: nn.Module) -> int:
 def _lends(source: str) -> bool:
     """Whether a run lends an adapter on the shared base, as far as its configuration tells."""
     config = Path(source) / "config.yaml"
-    return config.is_file() and OmegaConf.select(OmegaConf.load(config), "adapter") is not None  # pyright: ignore
+    found: Any = OmegaConf.load(config) if config.is_file() else {}
+    return found.get("adapter") is not None
 
 
 def _size(cfg: Any) -> tuple[int, int, int]:

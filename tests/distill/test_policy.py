@@ -48,13 +48,18 @@ def prompts(count: int = 20, n: int = N, c: int = C) -> Batch:
     return Batch(ids, ("p",) * count, toy_condition(count, n), ids, ({},) * count, (1, n), c)
 
 
+def weighed(micro: Batch, total: float) -> Batch:
+    assert micro.weight is not None
+    return replace(micro, weight=micro.weight / total)
+
+
 def run(method: PolicyImitation, roles: dict, step: int = 0, batch: Batch | None = None) -> list:
     """One update's losses, summed and backward; the metrics."""
     rng, noted = Rng(0, step), []
     [update] = method.collect(roles, prompts() if batch is None else batch, rng)
-    total = sum(float(m.weight.sum()) for m in update)
+    total = sum(float(m.weight.sum()) for m in update if m.weight is not None)
     for micro in update:
-        micro = replace(micro, weight=micro.weight / total)
+        micro = weighed(micro, total)
         loss, metrics = method.loss(roles, micro, rng)
         loss.backward()
         noted.append(metrics)
@@ -162,6 +167,7 @@ def test_all_randomness_is_keyed():
     def losses(chunk: int, step: int) -> Tensor:
         student = Student(UNPROMPTED)
         run(replace(METHOD, micro=chunk), {"student": student, "teacher": TEACHER}, step)
+        assert student.mean.grad is not None
         return student.mean.grad
 
     torch.testing.assert_close(losses(20, 0), losses(7, 0), atol=1e-6, rtol=1e-5)
