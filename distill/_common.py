@@ -59,7 +59,8 @@ class Renoise:
             high = high.minimum(sigma)
             low = low.minimum(high / 2)
         elif self.within == "noisier":
-            low = low.maximum(after).clamp(max=(self.low + self.high) / 2)
+            low = low.maximum(after)
+            high = high.maximum((1 + low) / 2)  # a step that ends near 1 leaves little room
         return low + (high - low) * self.density(u).to(sigma)
 
 

@@ -1,13 +1,15 @@
-"""An adversarial term on the frozen teacher's features: LADD (Sauer et al., arXiv 2403.12015).
+"""An adversarial term on the frozen teacher's features, after LADD (arXiv 2403.12015).
 
-    D(x0; τ) = mean over tokens of head(h(x_τ, τ, c)),  h: hidden states of a block of the teacher,
-    x_τ = (1 − τ)·x0 + τ·ε
+    D(x0; τ) = head(h(x_τ, τ, c)), a number of each token,  x_τ = (1 − τ)·x0 + τ·ε
+    h: hidden states of a block of the teacher;  losses are means over tokens
     L_head = [1 − D(data)]₊ + [1 + D(made)]₊,  or softplus(−D(data)) + softplus(D(made))
              + λ_R1·(D(data) − D(data + s·η))²   η ~ N(0, I), both at the same τ and ε
     L_student += weight·(−D(made)),  or weight·softplus(−D(made))
 
-The last term of L_head is the R1 penalty by differences (APT, arXiv 2501.08316, eq. 5), which needs
-no second derivative of the transformer. It needs data: a batch with x0.
+The last term of L_head is the R1 penalty by differences (APT, arXiv 2501.08316), which needs no
+second derivative of the transformer; λ_R1 is not divided by s². It needs data: a batch with x0.
+Left out of LADD: heads on several blocks, and conditioning on τ and the prompt beside what h knows
+of both.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class Adversarial:
     block: int = 2
     loss_kind: str = "hinge"
     r1: float = 0.0
-    r1_std: float = 0.1
-    law: Renoise = field(default_factory=lambda: Renoise(LogitNormal()))
+    r1_std: float = 0.01
+    law: Renoise = field(default_factory=lambda: Renoise(LogitNormal(mean=1.0)))
 
     def __post_init__(self) -> None:
         if self.loss_kind not in ("hinge", "softplus"):
@@ -64,7 +66,8 @@ class Adversarial:
     def term(self, roles: Mapping[str, Any], x0: Tensor, batch: Batch, rng: Rng) -> Tensor:
         """See `Critic`."""
         verdict = self._verdict(roles, x0, batch, rng, "judge")
-        return self.weight * (-verdict if self.loss_kind == "hinge" else softplus(-verdict))
+        term = -verdict if self.loss_kind == "hinge" else softplus(-verdict)
+        return self.weight * term.mean(1)
 
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """See `Critic`. Raises InputError for a batch without data."""
@@ -82,6 +85,7 @@ class Adversarial:
             nudge = rng("r1", batch.ids, batch.shape).to(batch.x0.device)
             near = self._verdict(roles, batch.x0 + self.r1_std * nudge, batch, rng, "head")
             term = term + self.r1 * (data - near).square()
+        term = term.mean(1)  # b
         loss, _ = weighted(batch, term, {})
         return loss, {
             "head/loss": term.detach().mean(),
@@ -92,10 +96,10 @@ class Adversarial:
     def _verdict(
         self, roles: Mapping[str, Any], x0: Tensor, batch: Batch, rng: Rng, stream: str
     ) -> Tensor:
-        """D: b."""
+        """D: b n."""
         u = rng.uniform(stream, batch.ids).to(x0.device)
         tau = self.law(u, batch.extra["sigma"], batch.extra["after"])
         x = interpolate(x0, rng(stream, batch.ids, batch.shape).to(x0.device), tau)
         with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
             _, states = roles["teacher"].features(x, tau, batch.cond, self.block)
-        return roles["head"](states).mean((1, 2))
+        return roles["head"](states)[..., 0]

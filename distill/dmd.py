@@ -9,7 +9,8 @@ DMD (arXiv 2511.22677), settings of one core.
 
 With one τ for both terms Δ is DMD2's, of the guided real score; with two it is the decoupled one,
 whose laws set the guidance that comes out (α_eff, told before training). Added on demand: an
-adversarial term (distill.adversarial), and a reward's gradient (DMDR). No data is needed.
+adversarial term (distill.adversarial), and a reward's gradient beside the matching, as in DMDR's
+(arXiv 2511.13649) joint stage, without its other parts. No data is needed.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class DMD:
     ema: float = 0.0
     critic: Critic | None = None
     score: DirectScore | None = None
-    reward: float = 1.0
+    reward: float = 0.02
     cap: float = 1.0
     std: float = 1.0
     micro: int = 32
@@ -102,7 +103,10 @@ class DMD:
         effective = effective_guidance(
             self.guidance, self.match, self.augment, grid, self.std, self.normalise
         )
-        return f"DMD: guidance {self.guidance:g} of the teacher amounts to {effective:.3g}"
+        if self.augment is None:
+            return f"DMD: the fixed point is the teacher's law under guidance {self.guidance:g}"
+        weak = ", as long as it moves images by less than their spread" if self.normalise else ""
+        return f"DMD: guidance {self.guidance:g} of the teacher amounts to {effective:.3g}{weak}"
 
     @property
     def roles(self) -> Mapping[str, RoleSpec]:
@@ -158,8 +162,8 @@ class DMD:
         made = x0.detach()
         delta, metrics = self._delta(roles, made, batch, rng)
         if self.score is not None:
-            pull, reward = self._reward(made, batch)
-            delta, metrics = delta - pull, metrics | {"reward": reward}
+            pull, told = self._reward(made, batch)
+            delta, metrics = delta - pull, metrics | told
         term = 0.5 * (x0 - (made - delta)).square().mean((1, 2))  # b
         if self.critic is not None:
             judged = self.critic.term(roles, x0, batch, rng)
@@ -216,16 +220,19 @@ class DMD:
             return torch.ones_like(gap[:, :1, :1])
         return 1 / (gap.abs().mean((1, 2), keepdim=True) + 1e-6)
 
-    def _reward(self, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """λ·dim·∂R/∂x̂, shortened: b n c; and the mean reward. A sample without a score has none."""
+    def _reward(self, x0: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """λ·dim·∂R/∂x̂, shortened: b n c; the mean reward, and the share of samples whose pull was
+        too long. A sample without a score has none."""
         assert self.score is not None
-        leaf = x0.requires_grad_()
+        leaf = x0.detach().requires_grad_()
         with torch.enable_grad():
             reward = self.score.differentiable(leaf, batch)  # b
             total = torch.where(reward.isnan(), 0.0, reward).sum()
             (slope,) = torch.autograd.grad(total, leaf)
         pull = self.reward * x0[0].numel() * slope
-        return shorten(pull, self.cap), reward.detach().nanmean()
+        short = shorten(pull, self.cap)
+        capped = (short != pull).any(2).any(1).float().mean()
+        return short, {"reward": reward.detach().nanmean(), "reward_capped": capped}
 
     def metrics(self) -> Metrics:
         """None: the losses say it all."""

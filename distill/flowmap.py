@@ -114,8 +114,9 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class Normalised:
-    """sCM's tangent normalisation: its gradient is that of the mean square towards u + Δ/(|Δ| + c),
-    |Δ| the root mean square, so that the size of an image does not matter."""
+    """sCM's tangent normalisation: its gradient is that of the mean square towards u − Δ/(|Δ| + c).
+    |Δ| is the root mean square, so that the size of an image does not matter; the paper's is the
+    length, for which its c = 0.1 is another number."""
 
     floor: float = 0.1
 

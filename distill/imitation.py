@@ -29,9 +29,9 @@ from flux2.distributed import gather_objects
 from flux2.errors import InputError, check_positive
 from flux2.losses import weighted
 from flux2.rng import Rng
-from flux2.samplers import guided
+from flux2.samplers import branches, guided
 from flux2.schedule import EmpiricalShift, Schedule
-from flux2.types import Batch, Metrics, RoleSpec, Turn
+from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class OnPolicyImitation:
         shares: name → w_j, scaled to sum to 1; None: equal. With `by` they are not used.
         by: field of a record's meta that names the prompt's teacher: each prompt has one. None:
             every prompt has all of them, and the student follows their average velocity.
-        guidance: of the teachers. own_guidance: with which the student is sampled, and which it
-            keeps; 1 takes the teachers' guidance in.
+        guidance: of the teachers. own_guidance: with which the student is sampled: 1 takes the
+            teachers' guidance in; another, the teachers' own, keeps it, and then both branches are
+            matched, with the prompt and without.
         steps, schedule, rollout: how the student is sampled, in training as after it.
         std: see above; None weighs every step alike.
         ema: decay of an average of the student's weights; 0: none.
@@ -72,6 +73,13 @@ class OnPolicyImitation:
         check_positive({"micro": self.micro, **({} if self.std is None else {"std": self.std})})
         if not 0 <= self.ema < 1:
             raise InputError(f"method.ema is {self.ema}: give 0 (none) to below 1")
+        if self.own_guidance not in (1, self.guidance):
+            raise InputError(
+                f"method.own_guidance is {self.own_guidance}: give 1, which takes the teachers' "
+                f"in, or {self.guidance} as method.guidance, which keeps it"
+            )
+        if self.std is not None and self.rollout != "euler":
+            raise InputError("method.std is of an Euler step's law: leave it out, or rollout=euler")
         if not self.sources:
             raise InputError("method.teachers is empty: give e.g. '{ocr: outputs/ocr}'")
         for name in self.sources:
@@ -91,8 +99,8 @@ class OnPolicyImitation:
 
     @property
     def result(self) -> str | None:
-        """Distilled where the student has taken guidance in, else what it was."""
-        return "distilled" if self.own_guidance == 1 and self.guidance != 1 else None
+        """Distilled, as nothing was learnt without a prompt; or what it was, with both branches."""
+        return "distilled" if self.own_guidance == 1 else None
 
     @property
     def roles(self) -> Mapping[str, RoleSpec]:
@@ -153,21 +161,28 @@ class OnPolicyImitation:
         t = x.new_full(x.shape[:1], sigma)
         with torch.no_grad():
             target = self._target(roles, x, t, batch)
-        v = guided(roles["student"], self.own_guidance)(x, t, batch.cond)
-        error = (v - target).square().mean((1, 2))  # b
+        error = (self._said(roles["student"], 1.0, x, t, batch) - target).square().mean((0, 2, 3))
         scale = 1.0 if self.std is None else (after - sigma) ** 2 / (2 * self.std**2)
         noted = {"speed": target.square().mean(), f"error_{i + 1}": error.detach().mean()}
         return weighted(batch, scale * error, noted)
 
+    def _said(self, role: Velocity, scale: float, x: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """What is matched of a role: its velocity under that guidance, 1 b n c, or both of its
+        branches, 2 b n c."""
+        assert batch.cond is not None
+        if self.own_guidance == 1:
+            return guided(role, scale)(x, t, batch.cond)[None]
+        return torch.stack(branches(role, x, t, batch.cond))
+
     def _target(self, roles: Mapping[str, Any], x: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """Σ_j w_j·v_j: b n c. A teacher that no rank needs is not asked; else all ranks ask it."""
+        """Σ_j w_j·v_j: 1 or 2 b n c. A teacher that no rank needs is not asked; else all ask it."""
         shares = batch.extra["shares"].to(x.device)
         asked = [any(row) for row in zip(*gather_objects(shares.any(0).tolist()), strict=True)]
-        target = torch.zeros_like(x)
+        target = torch.zeros_like(x)[None]  # 1 b n c
         for j, name in enumerate(self.sources):
-            if asked[j] and batch.cond is not None:
-                v = guided(roles[f"teacher_{name}"], self.guidance)(x, t, batch.cond)
-                target += shares[:, j, None, None] * v
+            if asked[j]:
+                v = self._said(roles[f"teacher_{name}"], self.guidance, x, t, batch)
+                target = target + shares[:, j, None, None] * v
         return target
 
     def metrics(self) -> Metrics:

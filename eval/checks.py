@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from eval.records import Results
 from eval.stats import holm, paired
 from flux2 import distributed
 from flux2.data.record import Dataset, Record
-from flux2.types import Condition, Velocity
+from flux2.types import Condition, Law, Policy, PolicyShape, Velocity
 
 MOST: Final = 100
 """Checks that a p is corrected for, at most."""
@@ -61,14 +61,42 @@ class Metered:
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """See `Velocity`."""
         v = self._velocity(x, t, cond)
+        self._note(v)
+        return v
+
+    def _note(self, v: Tensor) -> None:
         lengths = v.double().square().mean((1, 2)).sqrt()
         self._total, self._count = self._total + lengths.sum(), self._count + len(lengths)
-        return v
 
     def speed(self) -> float:
         """Of all ranks' calls together."""
         parts = distributed.gather_objects((float(self._total), self._count))
         return sum(t for t, _ in parts) / max(1, sum(n for _, n in parts))
+
+
+class MeteredPolicy(Metered):
+    """A policy that measures the velocity it has where its network is asked, and is sampled as the
+    policy that it is."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(cast(Any, policy))
+        self._policy = policy
+
+    @property
+    def shape(self) -> PolicyShape:
+        """See `Policy`."""
+        return self._policy.shape
+
+    def policy(self, x: Tensor, t: Tensor, cond: Condition) -> Law:
+        """See `Policy`."""
+        law = self._policy.policy(x, t, cond)
+        self._note(law.velocity(x, t))
+        return law
+
+
+def metered(role: Any) -> Metered:
+    """A velocity or a policy, measured, and sampled as without it."""
+    return MeteredPolicy(role) if isinstance(role, Policy) else Metered(role)
 
 
 # ---------------------------------------------------------------- from check to check

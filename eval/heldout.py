@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ from flux2.generate import Sampler, rank_chunks
 from flux2.lineage import rewards_of
 from flux2.log import Log, progress
 from flux2.model import Flux2
-from flux2.types import Batch, Velocity
+from flux2.roles import told
+from flux2.types import Batch, RoleSpec, Velocity
 
 
 @dataclass
@@ -84,9 +85,17 @@ class HeldOut:
                 raise InputError(f"evaluation.{name} is {value}: it must be at least 1")
         self.prompts = min(self.prompts, len(self.dataset))
         self.suite = Suite(dict(self.metrics), tuple(self.trained_on))
+        if self.ladder is not None:
+            self.ladder.fits(self.sampler, self.dataset, self.prompts)
         for key, reason in self.suite.skipped.items():
             if distributed.is_main():
                 print(f"evaluation without {key}: {reason}")
+
+    def check(self, roles: Mapping[str, RoleSpec]) -> None:
+        """Before weights are read: raises InputError where the ladder has a teacher and the method
+        of these roles none."""
+        if self.ladder is not None and self.ladder.teacher and not has_teacher(roles):
+            raise InputError(NO_TEACHER)
 
     def records(self) -> list[Record]:
         """The held-out records, in order."""
@@ -218,7 +227,7 @@ class HeldOut:
         if (step == 0 and self.before) or (step and self.every and step % self.every == 0):
             for at in {step} - self._measured:
                 self._measure(at)
-            if self.ladder is not None and on_main(lambda: stored(run, step)) is None:
+            if self.ladder is not None and self._unclimbed(step):
                 self._climb(step)
 
     def _check_history(self) -> None:
@@ -288,6 +297,10 @@ class HeldOut:
         if self.ladder is not None:
             self._climb(step)
 
+    def _unclimbed(self, step: int) -> bool:
+        """Whether a step has no whole ladder; all ranks ask together."""
+        return on_main(lambda: stored(self._folder.parent, step)) is None
+
     def _climb(self, step: int) -> None:
         """The ladder of a step whose own evaluation is there; all ranks together."""
         found = climb(
@@ -301,6 +314,8 @@ class HeldOut:
         """Evaluates the result, prints the table before/after, draws pictures; the summary."""
         if step not in self._measured:
             self._measure(step)
+        elif self.ladder is not None and self._unclimbed(step):  # an interrupt came before it
+            self._climb(step)
         if not distributed.is_main():
             return {}
         after = self._history[step]
@@ -370,14 +385,23 @@ class HeldOut:
         self.suite.close()
 
 
+NO_TEACHER: Final = (
+    "a teacher is to be evaluated, and this method has no frozen role of that name: set "
+    "evaluation.ladder.teacher=null, and name an evaluation as evaluation.ladder.against"
+)
+
+
+def has_teacher(roles: Mapping[str, RoleSpec]) -> bool:
+    """Whether a method has a role of that name which nothing trains."""
+    return "teacher" in roles and not roles["teacher"].trainable
+
+
 def frozen_teacher(roles: Any) -> Velocity:
-    """The role that nothing trains, by its name. Raises InputError where there is none."""
+    """The role that nothing trains, by its name; it may be told a strength, which reaches it where
+    it takes one. Raises InputError where there is none."""
     if "teacher" not in roles or "teacher" in roles.trainable:
-        raise InputError(
-            "a teacher is to be evaluated, and this method has no frozen role of that name: set "
-            "teacher=null there, and name an evaluation as evaluation.ladder.against"
-        )
-    return roles["teacher"]
+        raise InputError(NO_TEACHER)
+    return told(roles["teacher"])
 
 
 def trained(evaluation: Evaluation) -> set[str]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 LADDER: Final = "ladder"
 TEACHER: Final = "teacher"
 STEPS: Final = (1, 2, 3, 4, 6, 8)
+PATCH: Final = 16
+"""Pixels of a token, either way."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,14 @@ class Ladder:
                 "evaluate the teacher by itself, and name that run as evaluation.ladder.against"
             )
 
+    def fits(self, sampler: Sampler, dataset: Dataset, prompts: int) -> None:
+        """Before weights are read: raises InputError where a rung cannot be sampled, or the prompts
+        not at the sizes."""
+        self.rungs(sampler)
+        edits = (i for i in range(prompts if self.sizes else 0) if dataset.bucket_of(i)[2])
+        for i in edits:
+            AtSize(dataset, (PATCH, PATCH))[i]
+
     def rungs(self, sampler: Sampler) -> list[Rung]:
         """All of them, the teacher's first; sampler: what they share."""
         scale = sampler.guidance if self.guidance is None else float(self.guidance)
@@ -144,6 +154,11 @@ class Ladder:
                 for n in self.steps
             ]
         return out
+
+
+def tokens_of(size: Sequence[int]) -> int:
+    """Of the latents of an image of (height, width)."""
+    return (size[0] // PATCH) * (size[1] // PATCH)
 
 
 def check_teacher(where: str, teacher: Mapping[str, Any]) -> None:
@@ -209,7 +224,7 @@ def climb(
         own = {**facts, "name": label}
         fixed = rung.teacher and teacher is not None
         if fixed and distributed.broadcast(_known(rung, held, run)):
-            shots[rung.name] = _earliest(rung, run)
+            shots[rung.name] = _newest(rung, run)
             continue
         if rung.sampler == held.sampler and rung.size is None and not rung.teacher:
             shots[rung.name] = _copy(main, folder / f"step_{step:06d}", label)
@@ -236,21 +251,32 @@ def _reference(held: HeldOut, main: Evaluation | None) -> Evaluation | None:
 
 def _known(rung: Rung, held: HeldOut, run: Path) -> bool:
     """Whether the frozen teacher has been measured in this run, by these settings. Rank 0 asks."""
-    shot = _earliest(rung, run)
-    return shot is not None and drawn_by(shot, rung.sampler, held.seed)
+    shot = _newest(rung, run)
+    return shot is not None and drawn_by(shot, held.sampled(rung.sampler, rung.size))
 
 
-def drawn_by(shot: Evaluation, sampler: Sampler, seed: int) -> bool:
-    """Whether an evaluation was sampled so."""
-    now = [sampler.solver, sampler.steps, float(sampler.guidance), seed]
-    return [shot.identity[k] for k in ("solver", "steps", "guidance", "noise_seed")] == now
+def drawn_by(shot: Evaluation, held: HeldOut) -> bool:
+    """Whether an evaluation is what `held` would measure: sampler and grid, noise, prompts and
+    metrics."""
+    sampler, prints = held.sampler, shot.results.fingerprints.values()
+    grids = {sampler.grid(tokens_of(size)).hash for size in shot.identity["size"]}
+    now = {
+        "solver": sampler.solver, "steps": sampler.steps, "guidance": float(sampler.guidance),
+        "noise_seed": held.seed, "grid": "+".join(sorted(grids)),
+    }  # fmt: skip
+    return (
+        all(shot.identity[k] == v for k, v in now.items())
+        and dict(shot.prompts) == {r.id: r.prompt for r in held.records()}
+        and {f.n for f in prints} <= {held.prompts * held.noises}
+        and {held.suite.engine(key) for key in held.suite.present} == {f.engine for f in prints}
+    )
 
 
-def _earliest(rung: Rung, run: Path) -> Evaluation | None:
+def _newest(rung: Rung, run: Path) -> Evaluation | None:
     if not distributed.is_main():
         return None
     found = find(run / LADDER / rung.name)
-    return Evaluation.load(found[min(found)]) if found else None
+    return Evaluation.load(found[max(found)]) if found else None
 
 
 def _copy(shot: Evaluation | None, folder: Path, name: str) -> Evaluation | None:

@@ -69,7 +69,7 @@ def planned(cfg: Any) -> Plan:
     weights: Any = OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None
     points = points_of(len(names), weights, cfg.grid, cfg.tasks)
     choose = _choice(cfg, len(points))
-    check_model(cfg.model)
+    check_model(cfg.model, own_role=False)
     formats, schedule = _formats(cfg), build(cfg.sampler.schedule)
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eval.checks import DECIDES, Held, Metered, Table, Trend, changed, mean, measured, table_of
+from eval.checks import DECIDES, Held, Table, Trend, changed, mean, measured, metered, table_of
 from eval.corridors import Corridors, check_corridors
 from eval.dials import (
     DIALS,
@@ -34,7 +34,7 @@ from eval.dials import (
 )
 from eval.distillation import Part
 from eval.evaluation import FACTS, Evaluation, find
-from eval.heldout import HeldOut, frozen_teacher
+from eval.heldout import HeldOut, frozen_teacher, has_teacher
 from eval.ladder import TEACHER, check_teacher, drawn_by, teachers
 from eval.panels import Panel, panels
 from eval.records import Results
@@ -47,7 +47,7 @@ from flux2.lineage import rewards_of
 from flux2.log import Log
 from flux2.model import Flux2
 from flux2.monitor import Row
-from flux2.types import Batch
+from flux2.types import Batch, RoleSpec
 
 
 @dataclass
@@ -107,6 +107,8 @@ class HackMonitor:
             raise InputError("monitor.heldout has a ladder: a check has one sampling; drop it")
         if self.teacher is not None:
             check_teacher("monitor.teacher", self.teacher)
+            if self.heldout is not None:
+                teachers(self.heldout.sampler, self.teacher)
         self._rules = check_corridors(self.corridors or {}, self.teacher is not None)
         if self._rules and self.heldout is None:
             raise InputError("monitor.corridors are of held-out values: give monitor.heldout")
@@ -124,6 +126,15 @@ class HackMonitor:
         self._why: str | None = None
         self._began, self._kept = 0, False  # where a session begins, and whether that is kept
         self._seconds = 0.0
+
+    def check(self, roles: Mapping[str, RoleSpec]) -> None:
+        """See `Monitor`. Raises InputError where a teacher is to be sampled and there is none."""
+        if self.teacher is not None and self.heldout is not None and not has_teacher(roles):
+            raise InputError(
+                "monitor.teacher samples a frozen role named teacher, and this method has none: "
+                "set monitor=none, or monitor.teacher=null and null for each of monitor.corridors "
+                "that is of the teacher"
+            )
 
     def records(self) -> list[Record]:
         """See `Monitor`."""
@@ -226,6 +237,7 @@ class HackMonitor:
         if held is None or cfg.train.steps < held.every:  # too short for a comparison
             self.close()
             self.heldout = None
+            self._rules, self._axes = {}, Corridors({}, self.alpha)
             return
         marked = held.suite.mark(distributed.broadcast(rewards_of(self._run)))
         held.suite = Suite({k: m for k, m in marked.present.items() if k not in marked.trained_on})
@@ -270,7 +282,7 @@ class HackMonitor:
         shot = None
         if distributed.is_main() and (folder / FACTS).is_file():
             shot = Evaluation.load(folder)
-        known = shot is not None and drawn_by(shot, sampler, held.seed)
+        known = shot is not None and drawn_by(shot, held.sampled(sampler))
         if not distributed.broadcast(known):
             shot = held.sampled(sampler).evaluate(
                 self._model, frozen_teacher(roles), "monitor's teacher", self._facts, folder
@@ -281,7 +293,7 @@ class HackMonitor:
     def _check(self, step: int) -> dict[str, float]:
         """Samples the held-out prompts, all ranks together; the means, on all of them."""
         assert self.heldout is not None
-        velocity = Metered(self._role)
+        velocity = metered(self._role)
         shot = self.heldout.evaluate(
             self._model, velocity, f"monitor at step {step}", {**self._facts, "step": step},
             self._run / "monitor" / "evaluation" / f"step_{step:06d}",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ from flux2.losses import Noised
 from flux2.model import Flux2
 from flux2.rng import Rng
 from flux2.types import Condition, Velocity
+
+
+STRENGTHS: Final = (1.0, 2.0, 3.0, 4.5)
+"""Which are measured where nothing else is said."""
 
 
 class Guiding(Protocol):
@@ -65,8 +69,8 @@ class Parity:
     Attributes:
         dataset: held-out records with images.
         method: of the run.
-        strengths: that training never drew; a student with one strength baked in is asked for that
-            one.
+        strengths: fixed ones; None: those of STRENGTHS that training draws, or the ends of its
+            range. A student with one strength baked in is asked for that one.
         samples: how many of the records, the first ones.
         every: steps between two measurements; 0: at the end only.
         chunk: samples of a forward of the student; the teacher's has twice as many.
@@ -75,7 +79,7 @@ class Parity:
 
     dataset: Dataset
     method: Guiding
-    strengths: Sequence[float] = (1.0, 2.0, 3.0, 4.5)
+    strengths: Sequence[float] | None = None
     samples: int = 64
     every: int = 0
     chunk: int = 32
@@ -94,9 +98,13 @@ class Parity:
         low, high = self.method.range
         if not self.method.embeds:
             self.strengths = (low,)
-        if wrong := [g for g in self.strengths if not low <= g <= high]:
+        if self.strengths is None:
+            self.strengths = tuple(g for g in STRENGTHS if low <= g <= high) or (low, high)
+        self._strengths = tuple(float(g) for g in self.strengths)
+        if wrong := [g for g in self._strengths if not low <= g <= high]:
             raise InputError(
-                f"heldout.strengths has {wrong[0]:g}: training knows {low:g} … {high:g}"
+                f"heldout.strengths has {wrong[0]:g} and training knows {low:g} … {high:g}: set "
+                "heldout.strengths=[…] within that, or null"
             )
 
     def records(self) -> list[Record]:
@@ -117,7 +125,7 @@ class Parity:
                 return self.method.target(teacher, at.x, at.t, cond, torch.full_like(at.t, g))
 
             plain, columns = aim(1.0), []
-            for g in self.strengths:
+            for g in self._strengths:
                 target = aim(g)
                 v = student(at.x, at.t, self.method.asked(cond, torch.full_like(at.t, g)))
                 away = (target if g != 1 else aim(2.0)) - plain
@@ -125,7 +133,7 @@ class Parity:
                 columns.append(pair.double().square().sum((2, 3)).T)  # b 2
             sums.append(distributed.gather(torch.stack(columns, 1)[:own].cpu()))
         total = torch.cat(sums).sum(0)
-        return dict(zip(self.strengths, (total[:, 0] / total[:, 1]).sqrt().tolist(), strict=True))
+        return dict(zip(self._strengths, (total[:, 0] / total[:, 1]).sqrt().tolist(), strict=True))
 
     # ------------------------------------------------------------ beside a training run
 

@@ -64,14 +64,14 @@ def asked(cfg: Any) -> tuple[int, int]:
     Raises:
         InputError: a choice that cannot be made, or LoRA.
     """
-    from flux2.model import check_model, initial_depth
+    from flux2.model import check_initial, initial_depth
 
     if cfg.adapter is not None:
         raise InputError(
             "stage=size trains all weights of a network of its own, and an adapter would lie on "
             "the whole one: leave out adapter="
         )
-    check_model(cfg.model)
+    check_initial(cfg)
     if cfg.init_from is not None and find_init(cfg.init_from).manifest.get("policy"):
         raise InputError(
             f"init_from={cfg.init_from} is a policy student, and stage=size matches velocities: "

@@ -63,7 +63,7 @@ def _model(
 ) -> tuple[Evaluation | None, dict[str, Any]]:
     """The evaluation, and its ladder where there is one; on rank 0."""
     from flux2.distributed import pick_device
-    from flux2.lineage import ROLES, check_lineage, init_of
+    from flux2.lineage import ROLES, check_lineage, init_of, result_role
     from flux2.model import check_initial, load_initial
     from flux2.roles import velocity_of
     from flux2.train import build
@@ -74,7 +74,8 @@ def _model(
     held: HeldOut = build(cfg.evaluation)
     try:
         if held.ladder is not None:
-            held.ladder.check(cfg.model.role)
+            made = None if init is None else result_role(init.manifest)
+            held.ladder.check(made or cfg.model.role)
         rewards = distributed.broadcast(trained_rewards(cfg, run.path, ()))
         held.suite = held.suite.mark(rewards)
         held.suite.ready()

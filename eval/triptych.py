@@ -23,6 +23,7 @@ from flux2.log import Log
 from flux2.model import Flux2
 from flux2.monitor import Row
 from flux2.rng import Rng
+from flux2.roles import told
 from flux2.samplers import guided
 from flux2.types import Batch
 
@@ -67,7 +68,7 @@ class Triptychs:
         name = "student" if "student" in roles else roles.trainable[0]
         guides = {"teacher": "real score", "fake": "fake score"}
         self._student = roles[name]
-        self._scores = {text: roles[role] for role, text in guides.items() if role in roles}
+        self._scores = {text: told(roles[role]) for role, text in guides.items() if role in roles}
         if step == 0:
             self._made = []
             self._draw(0)

@@ -86,6 +86,7 @@ class Facts:
         role: base, distilled or guidance-distilled.
         models: names of the models that its line of runs was trained on.
         schedule: hash of its noise schedule. adapter: whether the weights are a LoRA.
+        policy: whether they are a policy student's.
     """
 
     path: Path
@@ -95,6 +96,7 @@ class Facts:
     models: tuple[str, ...] = ()
     schedule: str | None = None
     adapter: bool = False
+    policy: bool = False
 
 
 # ---------------------------------------------------------------- from the configuration
@@ -214,6 +216,7 @@ def facts_of(run: Path) -> Facts:
         models=tuple(dict.fromkeys(m["model"] for m in line if m.get("model"))),
         schedule=mine.get("schedule_hash"),
         adapter=OmegaConf.select(stored, "adapter") is not None,
+        policy=bool(mine.get("policy")),
     )
 
 

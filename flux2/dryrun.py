@@ -7,10 +7,10 @@ is yet to make is stood in for: its weights by what they will be called, its dat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from flux2.chain import Facts, naming
@@ -20,8 +20,10 @@ from flux2.export import FORMATS, LORA, Target, check_target
 from flux2.lineage import ROLES, Init, allowed, check_lineage, init_of
 from flux2.model import DTYPES, check_model
 from flux2.origin import origin_of, targets_of
-from flux2.scorer import close
+from flux2.results import check_not_policy, shape_of
+from flux2.scorer import Scorer, close
 from flux2.train import assemble, build, train
+from flux2.types import Method
 
 
 class Promised:
@@ -66,7 +68,8 @@ def examine(
     if cfg.stage.name == "export":
         _check_export(plain, parent)
     else:
-        _check_parts(plain, parent, missing)
+        whole = cfg.init_from is None and not parents and "runs" not in cfg
+        _check_parts(plain, parent, missing, whole, merges)
     if not merges:
         return Facts(Path(cfg.run.dir), False, False)
     first = parents[0] if parents else None
@@ -84,36 +87,76 @@ def _training(
     missing: Sequence[str],
 ) -> Facts:  # fmt: skip
     """A stage that trains: what flux2.train.assemble refuses, and its lineage."""
-    models, adapter = _models(cfg, parents), cfg.get("adapter") is not None
+    models = _models(cfg, parents)
     # A model or an autoencoder that is yet to be made; or a stage that completes its own method.
     if missing or cfg.stage.run != f"{train.__module__}.{train.__name__}":
         check(plain)
-        kind: Any = get_class(cfg.method._target_)  # of an instance they may depend on its settings
-        accepts, result = kind.accepts, kind.result
+        method = method_of(cfg)
         if parent is not None:
-            _follow(cfg, parent, accepts if isinstance(accepts, tuple) else ROLES)
-        role = result if isinstance(result, str) else cfg.model.role
-        return Facts(Path(cfg.run.dir), False, True, role, models, None, adapter)
+            _follow(cfg, parent, method.accepts, trains=True)
+        return _made(cfg, method, models, None)
+    if parent is not None:
+        _stand_in_role(plain)
     parts = assemble(plain)
     try:
-        method = parts.method
         if parent is not None:
-            _follow(cfg, parent, method.accepts, parts.schedule_hash)
-        trained = any(s.trainable and s.kind == "velocity" for s in method.roles.values())
-        role = method.result or cfg.model.role
-        schedule = parts.schedule_hash
-        return Facts(Path(cfg.run.dir), False, trained, role, models, schedule, adapter)
+            _follow(cfg, parent, parts.method.accepts, parts.schedule_hash, trains=True)
+        return _made(cfg, parts.method, models, parts.schedule_hash)
     finally:
         parts.close()
 
 
+def method_of(cfg: DictConfig) -> Method:
+    """The method alone, without its reward. Blocks that its stage chooses are stood in for."""
+    plain = cfg.copy()
+    OmegaConf.set_struct(plain, False)
+    if "blocks" in plain.method and plain.method.blocks is None:
+        plain.method.blocks = [[0], [0]]
+    return build(plain.method, **({} if plain.get("reward") is None else {"score": Scorer(None)}))
+
+
+def makes_weights(method: Method) -> bool:
+    """Whether what a method trains is a transformer to start from."""
+    return any(s.trainable and s.kind in ("velocity", "policy") for s in method.roles.values())
+
+
+def _made(
+    cfg: DictConfig, method: Method, models: tuple[str, ...], schedule: str | None
+) -> Facts:
+    role, adapter = method.result or cfg.model.role, cfg.get("adapter") is not None
+    policy = shape_of(method.roles) is not None
+    weights = makes_weights(method)
+    return Facts(Path(cfg.run.dir), False, weights, role, models, schedule, adapter, policy)
+
+
+def _stand_in_role(plain: DictConfig) -> None:
+    """model.role is of the parent's result, which `_follow` compares; what is assembled in its
+    place is conf/model's own model, of whichever role that has."""
+    given = plain.model.role
+    for role in (given, *ROLES):
+        plain.model.role = role
+        try:
+            check_model(plain.model)
+        except InputError:
+            continue
+        if role != given:
+            plain.allow = [*allowed(plain), "role"]
+        return
+    plain.model.role = given  # another fault, which is told when all is assembled
+
+
 def _follow(
-    cfg: DictConfig, parent: Facts, accepts: Sequence[str], schedule: str | None = None
-) -> None:
-    """check_lineage against weights that are yet to be made."""
-    told = {"result_role": parent.role, "schedule_hash": parent.schedule}
+    cfg: DictConfig, parent: Facts, accepts: Sequence[str], schedule: str | None = None,
+    trains: bool = False,
+) -> None:  # fmt: skip
+    """check_lineage against weights that are yet to be made. trains: or changes them otherwise."""
+    told = {
+        "result_role": parent.role, "schedule_hash": parent.schedule, "policy": parent.policy
+    }  # fmt: skip
     # No run lies there, so that what an earlier attempt left at its place does not count.
     init = Init(parent.path / "unmade", told, parent.path, False)
+    if trains:
+        check_not_policy(cfg, replace(init, run=parent.path))
     check_lineage(cfg, init, accepts, schedule)
     if parent.models and cfg.model.name not in parent.models and "base" not in allowed(cfg):
         raise InputError(
@@ -122,13 +165,15 @@ def _follow(
         )
 
 
-def _check_parts(plain: DictConfig, parent: Facts | None, missing: Sequence[str]) -> None:
+def _check_parts(
+    plain: DictConfig, parent: Facts | None, missing: Sequence[str], own_role: bool, merges: bool
+) -> None:
     """Any other stage: its model, its lineage, and the parts that its configuration names."""
     groups = {key.partition(".")[0] for key in missing}
     if plain.get("model") is not None and "model" not in groups:
-        check_model(plain.model)
+        check_model(plain.model, own_role)
         if parent is not None:
-            _follow(plain, parent, ROLES)
+            _follow(plain, parent, ROLES, trains=merges)
         elif "runs" not in plain:
             check_lineage(plain, init_of(plain), ROLES)
     made: list[Any] = []

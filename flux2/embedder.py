@@ -45,5 +45,7 @@ def insert(backbone: Any, seed: int) -> None:
         torch.default_generator.manual_seed(int(keyed(seed, "embedder").integers(1 << 62)))
         fresh = type(model)(first.shape[1], first.shape[0], sample_proj_bias=False)
     nn.init.zeros_(fresh.linear_2.weight)
-    embedding.guidance_embedder = fresh.to(last.device, last.dtype)
+    embedding.guidance_embedder = fresh.to(last.device, last.dtype).requires_grad_(
+        last.requires_grad
+    )
     backbone.register_to_config(guidance_embeds=True)

@@ -55,7 +55,7 @@ class Engine:
     Args:
         roles: the run's roles.
         optimizer: over roles' trainable parameters.
-        rate: factor of each group's lr by its role's updates.
+        rate: factor of each group's lr by the steps done.
         clip: largest gradient norm of a role's update; 0 does not clip.
     """
 
@@ -84,7 +84,7 @@ class Engine:
         finally:
             self.roles.activate(None)
         if self._graded:
-            factor = self._rate(self.updates[role])
+            factor = self._rate(self.step)  # one schedule for roles of any number of updates
             for group in self.optimizer.param_groups:
                 if group["role"] == role:
                     group["lr"] = group["base_lr"] * factor

@@ -162,11 +162,18 @@ class Examiner:
             self._note(link, facts_of(link.path))
         else:  # those after it may be made from it, and must not pass over it
             cfg, _, _ = self._compose(link.arguments(self.chain), ())
-            makes = "method" in cfg or cfg.stage.name in MERGING
-            self._note(link, Facts(link.path, False, makes))
+            self._note(link, Facts(link.path, False, self._makes_weights(cfg)))
         note = outdated(link, self.chain, self._records.get(link.name))
         stage = "" if manifest is None else manifest["stage"]
         return Step(link.name, link.number, str(link.path), stage, "kept", None, note)
+
+    @staticmethod
+    def _makes_weights(cfg: DictConfig) -> bool:
+        if cfg.get("method") is None:
+            return cfg.stage.name in MERGING
+        from flux2.dryrun import makes_weights, method_of
+
+        return makes_weights(method_of(cfg))
 
     def _note(self, link: Link, facts: Facts) -> None:
         self._facts[link.name] = facts
@@ -185,9 +192,18 @@ class Examiner:
             for key in LOGGER:
                 cfg.logger[key] = own.logger[key]
             cfg.logger.group = own.logger.group or Path(own.run.dir).name
-        takes = "model" in choices and "runs" not in cfg
+        takes = "model" in choices and "runs" not in cfg and not self._brings_start(link, cfg)
         if takes and not link.says(INIT) and cfg.init_from is None:
             cfg.init_from = own.init_from if self._last is None else str(self._last.path)
+
+    @staticmethod
+    def _brings_start(link: Link, cfg: DictConfig) -> bool:
+        """Whether its `lora` says what it lies on, as that of a run or of another link does."""
+        if cfg.get("lora") is None:
+            return False
+        from flux2.fuse import is_run
+
+        return bool(link.refers("lora")) or is_run(Path(cfg.lora))
 
     def _state(self, link: Link, cfg: DictConfig) -> tuple[str, list[Link]]:
         """(new, again or done; the links that it is made from and that are yet to be done)"""
@@ -215,9 +231,10 @@ class Examiner:
         return state, unready
 
     def _parents(self, cfg: DictConfig) -> list[Link]:
-        """The links that a run takes weights from: of init_from, or of runs=."""
+        """The links that a run takes weights from: of init_from, of runs=, or of lora=."""
         runs: Any = OmegaConf.to_container(cfg).get("runs") or ()  # pyright: ignore
         given = runs.values() if isinstance(runs, dict) else runs
+        given = [cfg.lora] if cfg.get("lora") is not None else given
         given = given if cfg.init_from is None else [cfg.init_from]
         paths = [Path(str(path).rpartition("=")[2]).resolve() for path in given]
         return [link for path in paths for link in self.chain if link.path in (path, *path.parents)]

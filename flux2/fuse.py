@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2 import distributed, sources
-from flux2.checkpoint import on_main
+from flux2.checkpoint import is_checkpoint, on_main
 from flux2.distributed import pick_device
 from flux2.errors import InputError
 from flux2.export import Target, check_target, expected, export_weights, tensors_of
@@ -38,6 +38,7 @@ from flux2.lineage import (
     trained_rewards,
 )
 from flux2.model import DTYPES, check_model, load_initial
+from flux2.results import check_not_policy
 from flux2.runs import Run
 from flux2.schedule import Schedule
 from flux2.train import build
@@ -69,11 +70,11 @@ def planned(cfg: Any) -> Plan:
         raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
     if cfg.model.get("quantise") is not None:
         raise InputError("stage=fuse writes whole weights: set model.quantise=null")
-    check_model(cfg.model)
+    path = Path(cfg.lora)
+    check_model(cfg.model, own_role=cfg.init_from is None and not is_run(path))
     schedule: Schedule = build(cfg.sampler.schedule)
     check_target(Target("diffusers", DTYPES[cfg.dtype], schedule=schedule), None)
-    path = Path(cfg.lora)
-    if _is_run(path):
+    if is_run(path):
         if cfg.init_from is not None:
             raise InputError(
                 f"lora={path} is a run and brings what it lies on: leave out init_from"
@@ -87,11 +88,15 @@ def planned(cfg: Any) -> Plan:
     else:
         init, file = init_of(cfg), file_of(path)
         sources.header(file)
+    check_not_policy(cfg, init)
     check_lineage(cfg, init, ROLES, schedule_hash(schedule))
     return Plan(file, init, schedule)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether lora= names a run, one of its checkpoints, or an export in diffusers' layout."""
+    if is_checkpoint(path) or (path.name == "best" and path.parent.name == "checkpoints"):
+        return True
     return any((home / MANIFEST).is_file() for home in (path, path.parent, path.parent.parent)
                if path.is_dir()) and not any(path.glob("*.safetensors"))  # fmt: skip
 
@@ -172,14 +177,22 @@ def add(network: nn.Module, adapter: Adapter, scale: float) -> None:
         weight.copy_(weight.float() + scale * adapter.delta(path).to(weight.device))
 
 
+def parents_of(plan: Plan) -> list[dict[str, Any]]:
+    """`parents` of the manifest. A run that lora= names has a weight, as a merger's has: the stage
+    did not begin there by init_from, and is resumed without it."""
+    if plan.init is None:
+        return []
+    return [plan.init.parent() | ({"weight": 1.0} if plan.file is None else {})]
+
+
 def fuse(cfg: Any) -> dict[str, Any]:
     """Runs the stage on every rank; returns its summary (on rank 0)."""
     plan, run = planned(cfg), Run(Path(cfg.run.dir))
     chosen = cfg.copy()
     if cfg.dtype == "fp32":
         chosen.model.dtype = "fp32"  # else the export would be of rounded weights
-    if plan.file is None:
-        chosen.init_from = str(cfg.lora)
+    if plan.file is None and plan.init is not None:
+        chosen.init_from = str(plan.init.weights)
     adapter = None if plan.file is None else read(plan.file)
     model = load_initial(chosen, pick_device(cfg.engine.device))
     if adapter is not None:
@@ -189,7 +202,7 @@ def fuse(cfg: Any) -> dict[str, Any]:
     if plan.file is not None:
         facts["sha256"] = sha256(plan.file)
     run.update(
-        parents=[] if plan.init is None else [plan.init.parent()],
+        parents=parents_of(plan),
         base=asdict(model.info),
         trained=list(TRAINED),
         result_role=role,

@@ -166,7 +166,7 @@ def same_init(cfg: DictConfig, run: Path, recorded: Sequence[Mapping[str, str]])
         InputError: cfg.init_from is another run's, or the weights are gone or have changed, and
             cfg.allow has no `base`.
     """
-    # A merger's parents, which have weights, are those that runs= names, and not where it began.
+    # Parents that have weights are those that runs= or lora= names, and not where it began.
     if not recorded or "weight" in recorded[0]:
         if cfg.init_from is None:
             return None
@@ -446,7 +446,7 @@ def export_manifest(
     return {
         "id": secrets.token_hex(4),
         "parents": [] if parent is None else [dict(parent)],
-        **{key: source.get(key) for key in _INHERITED},
+        **{key: source[key] for key in _INHERITED if key in source},
         "seed": source.get("seed"),
         **provenance(),
         "created": now(),

@@ -269,9 +269,10 @@ def _quantised(model: Flux2, cfg: Any, device: torch.device) -> Flux2:
     return model
 
 
-def _load(cfg: Any, device: torch.device, seed: int) -> Flux2:
-    """load_model without the quantisation; a transformer to be quantised stays on the host."""
-    check_model(cfg)
+def _load(cfg: Any, device: torch.device, seed: int, own_role: bool = True) -> Flux2:
+    """load_model without the quantisation; a transformer to be quantised stays on the host.
+    own_role: as in check_model."""
+    check_model(cfg, own_role)
     quiet()
     place = device
     if cfg.get("quantise") is not None:
@@ -290,7 +291,7 @@ def _load(cfg: Any, device: torch.device, seed: int) -> Flux2:
         if folder is None:
             folder = sources.locate(cfg.path, download=True, leave_out=sources.left_out(cfg))
             assert folder is not None
-            _check_weights(cfg, folder)
+            _check_weights(cfg, folder, own_role)
         guidance = _strength(cfg, folder)
         tokenizer = _tokenizer(folder)
         transformer, vae, encoder, weights_hash = _stored(cfg, folder, place, device)
@@ -428,7 +429,7 @@ def _load_initial(cfg: Any, device: torch.device) -> Flux2:
     if init.is_export:
         chosen = cfg.model.copy()
         chosen.path, chosen.transformer, chosen.vae = str(init.weights), None, None
-        return _load(chosen, device, cfg.seed)
+        return _load(chosen, device, cfg.seed, own_role=False)  # its manifest says its role
     before = OmegaConf.load(init.run / "config.yaml")
     embeds = STRENGTH in init.manifest or before.model.get("embedded_guidance") is not None
     said = _told(cfg.model.get("embedded_guidance"), embeds, init.run.name)

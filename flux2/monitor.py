@@ -15,7 +15,7 @@ from flux2.checkpoint import Best, find_best, load_checkpoint, on_main
 from flux2.engine import Engine
 from flux2.log import Log
 from flux2.model import Flux2
-from flux2.types import Batch
+from flux2.types import Batch, RoleSpec
 
 Row = Mapping[str, float | None]
 """A step's line in the log; None where a number was not finite."""
@@ -27,6 +27,10 @@ class Monitor(Protocol):
     @property
     def stopped(self) -> str | None:
         """Why the run is to end early; None while it is not."""
+        ...
+
+    def check(self, roles: Mapping[str, RoleSpec]) -> None:
+        """Before weights are read: raises InputError where it cannot watch a method of these."""
         ...
 
     def start(self, cfg: Any, model: Flux2, roles: Any, log: Log, step: int) -> None:
@@ -82,6 +86,9 @@ class Blind:
     """The monitor of a run that is not watched."""
 
     stopped: str | None = None
+
+    def check(self, roles: Mapping[str, RoleSpec]) -> None:
+        """Nothing."""
 
     def start(self, cfg: Any, model: Flux2, roles: Any, log: Log, step: int) -> None:
         """Nothing."""

@@ -20,13 +20,13 @@ from flux2.errors import InputError
 
 @dataclass(frozen=True)
 class LearningRate:
-    """lr as a function of a role's updates: linear warm-up, a plateau, then linear or cosine decay
+    """lr as a function of the steps done: linear warm-up, a plateau, then linear or cosine decay
     to 0.
 
     Attributes:
-        warmup: updates of the warm-up.
+        warmup: steps of the warm-up.
         decay: constant, linear or cosine.
-        total: updates after which lr is 0.
+        total: steps after which lr is 0.
         hold: share of `total` before the decay begins; a run stopped on the plateau can be resumed
             with another total, and is then what that total would have given from the start.
     """
@@ -42,14 +42,14 @@ class LearningRate:
         if not 0 <= self.hold < 1:
             raise InputError(f"optim.hold is {self.hold}: give 0 to below 1")
 
-    def __call__(self, update: int) -> float:
-        """The factor for update 0, 1, …"""
-        if update < self.warmup:
-            return (update + 1) / (self.warmup + 1)
+    def __call__(self, step: int) -> float:
+        """The factor for step 0, 1, …"""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
         if self.decay == "constant" or not self.total:
             return 1.0
         start = max(self.warmup, self.hold * self.total)
-        done = (update - start) / max(1, self.total - start)
+        done = (step - start) / max(1, self.total - start)
         left = min(1.0, max(0.0, 1.0 - done))
         return left if self.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 

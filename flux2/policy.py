@@ -96,7 +96,7 @@ class Head(nn.Module):
         logits, δ, r = linear(h),   μ_k = x_s − s·(v + δ_k),   τ = s·e^r
 
     A fresh one has logits 0, Σ_k δ_k = 0 and r = 0: its mean velocity at (x_s, s) is v, and its
-    spread that of data with unit variance.
+    spread s, the noise's own.
 
     Args:
         width: of the hidden states. channels: c. shape: of the policy. seed: of the δ.

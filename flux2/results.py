@@ -19,7 +19,7 @@ from flux2 import sources
 from flux2.adapters import LoRA
 from flux2.checkpoint import load_checkpoint
 from flux2.errors import InputError
-from flux2.lineage import Init, allowed, resolve_init, rewards_of
+from flux2.lineage import Init, allowed, inserted, resolve_init, rewards_of
 from flux2.model import Flux2, load_merged, network_of
 from flux2.policy import FILE
 from flux2.types import RoleSpec
@@ -47,6 +47,10 @@ def check_source(source: str, model: str) -> Init:
     if not trained or trained == ["autoencoder"] or init.manifest.get("policy"):
         raise InputError(
             f"{source} trained no velocity (stage {init.manifest.get('stage')}): name another run"
+        )
+    if inserted(init.manifest):
+        raise InputError(
+            f"{source} gave its model a guidance embedder, which the others lack: name another run"
         )
     found = init.manifest.get("model")
     if found != model:

@@ -24,7 +24,7 @@ from flux2.model import AUTOCAST, Flux2, give_embedder
 from flux2.policy import PREFIX, Head, PolicyRole
 from flux2.results import open_result
 from flux2.rng import keyed
-from flux2.types import Condition, RoleSpec
+from flux2.types import Condition, RoleSpec, Velocity
 
 
 class Backbones(nn.ModuleDict):
@@ -152,6 +152,19 @@ def velocity_of(model: Flux2, autocast: str = "fp32") -> VelocityRole | PolicyRo
     network = model.transformer
     role = VelocityRole(network, adapters.Switch(network), None, AUTOCAST[autocast])
     return role if model.head is None else PolicyRole(role, model.head)
+
+
+def told(velocity: Velocity) -> Velocity:
+    """The velocity, for a condition with a strength: a role without the embedder is not given it,
+    neither with the prompt nor with the empty one. Others are as they are."""
+    if not isinstance(velocity, VelocityRole) or velocity.embeds:
+        return velocity
+
+    def call(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        null = None if cond.null is None else replace(cond.null, guidance=None)
+        return velocity(x, t, replace(cond, guidance=None, null=null))
+
+    return call
 
 
 def _active(switch: adapters.Switch) -> str | None:
@@ -307,7 +320,7 @@ class Roles(Mapping[str, Any]):
             if specs[name].kind == "policy":
                 head: Any = self.backbones[f"{name}_head"]
                 self._roles[name] = PolicyRole(role, head)
-            if checkpointing and specs[name].trainable:
+            if checkpointing:  # of a frozen role, too: gradients may pass through it
                 module.enable_gradient_checkpointing(role.checkpointed)  # pyright: ignore
         for name, spec in specs.items():
             for parameter in self._parameters.get(name, {}).values():

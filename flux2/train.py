@@ -155,6 +155,9 @@ def _fitted(
         check_role(cfg, name, spec)
         if spec.source is not None:
             check_source(spec.source, cfg.model.name)
+    monitor.check(method.roles)
+    if evaluation is not None:
+        evaluation.check(method.roles)
     check_initial(cfg)  # after the rest: it imports the models' classes, which takes seconds
     schedule = build(cfg.sampler.schedule) if cfg.get("sampler") is not None else None
     if schedule is not None and cfg.train.export:

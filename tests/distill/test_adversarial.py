@@ -66,7 +66,7 @@ def test_losses_by_hand(kind):
     loss, notes = critic.loss(roles, data, Rng(0, 0))
 
     def verdict(x0: Tensor, stream: str = "head") -> Tensor:
-        return (noised(critic, x0, stream) @ A).mean(1)
+        return noised(critic, x0, stream) @ A  # a number of each token
 
     real, made = verdict(data.x0), verdict(data.extra["x0"])
     near = verdict(data.x0 + 0.05 * Rng(0, 0)("r1", data.ids, (N, C)))
@@ -80,10 +80,10 @@ def test_losses_by_hand(kind):
     term = critic.term(roles, data.extra["x0"], data, Rng(0, 0))
     judged = verdict(data.extra["x0"], "judge")
     want = -judged if kind == "hinge" else (1 + (-judged).exp()).log()
-    torch.testing.assert_close(term, 0.3 * want)
+    torch.testing.assert_close(term, 0.3 * want.mean(1))
 
 
-def test_the_student_follows_the_head_and_the_head_alone_learns_in_its_turn():
+def test_the_student_follows_the_head():
     critic, data = Adversarial(1.0, 1, law=Renoise(Uniform(), 0.0, 1.0)), batch()
     roles = {"teacher": Identity(), "head": head()}
     x0 = data.extra["x0"].clone().requires_grad_()
@@ -93,11 +93,6 @@ def test_the_student_follows_the_head_and_the_head_alone_learns_in_its_turn():
     share = 1 - critic.law(Rng(0, 0).uniform("judge", data.ids), torch.ones(B), torch.zeros(B))
     want = -(share / N)[:, None, None] * A.expand(B, N, C)
     torch.testing.assert_close(x0.grad, want)
-    roles["head"].zero_grad()
-    x0.grad = None
-    seen = replace(data, extra={**data.extra, "x0": x0.detach()})
-    critic.loss(roles, seen, Rng(0, 0))[0].backward()
-    assert roles["head"].weight.grad is not None and roles["head"].weight.grad.abs().max() > 0
 
 
 def test_training_the_head_tells_data_from_what_is_made():

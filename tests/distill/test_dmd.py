@@ -233,6 +233,9 @@ def test_laws_of_tau_stay_in_their_range():
     for within, low, high in (("all", 0.02, 0.98), ("cleaner", 0.02, 0.8), ("noisier", 0.5, 0.98)):
         tau = Renoise(within=within)(u, sigma, after)
         assert low <= float(tau.min()) < low + 0.01 and high - 0.01 < float(tau.max()) <= high
+    for end in (0.7, 0.97):  # FLUX.2's steps end there
+        tau = Renoise(within="noisier")(u, torch.ones(1000), torch.full((1000,), end))
+        assert end <= float(tau.min()) and float(tau.max()) < 1
     tiny = Renoise(within="cleaner")(u, torch.full((1000,), 0.01), after)
     assert float(tiny.min()) > 0 and float(tiny.max()) <= 0.01
 
@@ -262,7 +265,7 @@ def test_a_reward_moves_the_fixed_point_by_its_slope():
     downhill, notes = student_gradient(rewarded, roles, 4095)
     without, _ = student_gradient(method(guidance=1.0), roles, 4095)
     assert downhill.norm() < 0.02 * without.norm()
-    assert math.isfinite(float(notes["reward"]))
+    assert math.isfinite(float(notes["reward"])) and float(notes["reward_capped"]) == 0
 
 
 def test_a_pull_is_shortened_and_never_spreads_what_is_not_finite():
@@ -299,7 +302,8 @@ def test_roles_and_turns():
     assert list(plain.roles) == ["student", "fake", "teacher"]
     assert [(t.role, t.every) for t in plain.turns] == [("fake", 1), ("student", 5)]
     assert DMD(ema=0.99).roles["ema"].follows == "student"
-    assert "3" in plain.describe()
+    assert "guidance 3" in plain.describe()
+    assert "amounts to" in DMD(augment=HALF).describe()
 
 
 # ---------------------------------------------------------------- a mixture of 8 modes

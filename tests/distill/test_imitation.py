@@ -124,7 +124,7 @@ def test_a_prompt_without_a_teacher_is_refused():
 @pytest.mark.parametrize("own", [1.0, 2.0])
 def test_the_rollout_is_the_inference_samplers_own_path(own):
     student, batch, rng = ConditionalGaussian(A, NULL, STD), prompts(), Rng(3, 7)
-    method = replace(METHOD, own_guidance=own)
+    method = replace(METHOD, own_guidance=own, guidance=own)
     [update] = method.collect({"student": student}, batch, rng)
     visited: list[Tensor] = []
 
@@ -150,7 +150,19 @@ def test_guidance_is_taken_in_or_kept():
             every = roles(student, a=teacher)
             [update] = method.collect(every, prompts(), Rng(0, 0))
             assert float(method.loss(every, update[1], Rng(0, 0))[0]) < 1e-9
-    assert METHOD.result is None  # teachers of its own kind
+    assert METHOD.result == "distilled"  # no branch without a prompt was learnt
+    # Guidance that is right by chance, of two wrong branches, is not taken for the teacher's.
+    shift = A - NULL
+    wrong = ConditionalGaussian(A + shift, NULL + 2 * shift, STD)  # at guidance 2 the same law
+    with torch.no_grad():
+        torch.testing.assert_close(wrong.guided(2.0).mean, teacher.guided(2.0).mean)
+        every = roles(wrong, a=teacher)
+        [update] = kept.collect(every, prompts(), Rng(0, 0))
+        assert float(kept.loss(every, update[1], Rng(0, 0))[0]) > 0.1
+    with pytest.raises(InputError, match="own_guidance"):
+        replace(METHOD, own_guidance=2.0, guidance=3.0)
+    with pytest.raises(InputError, match="std"):
+        replace(METHOD, std=0.1, rollout="renoise")
 
 
 def test_with_a_spread_it_is_the_kl_of_each_steps_law():

@@ -72,7 +72,10 @@ def agree(folder: Path, reference: Path, tolerance: float = 1e-6) -> None:
     got, want = metrics(folder), metrics(reference)
     assert len(got) == len(want) == 5
     for mine, theirs in zip(got, want, strict=True):
-        assert mine == pytest.approx(theirs, abs=tolerance)
+        # A cosine divides by lengths, which are small here: its rounding is a few times larger.
+        near = {k: tolerance * (10 if k == "dmd/cos" else 1) for k in theirs}
+        assert mine.keys() == theirs.keys()
+        assert all(mine[k] == pytest.approx(theirs[k], abs=near[k]) for k in theirs), (mine, theirs)
         norms = {k: v for k, v in theirs.items() if k.endswith("grad_norm")}
         assert norms and all(v > 0 for v in norms.values())
         assert {k: mine[k] for k in norms} == pytest.approx(norms, rel=1e-3)  # small ones as well
