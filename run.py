@@ -73,6 +73,8 @@ def job(cfg: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(cfg.launch.threads)
     if distributed.launched():
         distributed.start(distributed.pick_device(OmegaConf.select(cfg, "engine.device") or "auto"))
+    if chain and cfg.dry:  # nothing is made, and a run that is there stays as it is
+        return pipeline.run(cfg)
     run = create(cfg)
 
     def finish(status: str, summary: dict[str, Any] | None = None) -> None:

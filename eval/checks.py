@@ -29,7 +29,6 @@ Values = Mapping[tuple[int, int], float]
 """(prompt, seed) → a value."""
 
 
-
 # ---------------------------------------------------------------- one check
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,16 @@ from torch import Tensor
 from eval import tables
 from eval.evaluation import FOLDER, Evaluation, find
 from eval.images import read_image
-from eval.ladder import AtSize, Ladder, climb, settings, stored
+from eval.ladder import (
+    NO_TEACHER,
+    AtSize,
+    Ladder,
+    climb,
+    frozen_teacher,
+    has_teacher,
+    settings,
+    stored,
+)
 from eval.measure import Measure, save, staging
 from eval.records import compare, summarise
 from eval.suite import Suite
@@ -34,7 +43,6 @@ from flux2.generate import Sampler, rank_chunks
 from flux2.lineage import rewards_of
 from flux2.log import Log, progress
 from flux2.model import Flux2
-from flux2.roles import told
 from flux2.types import Batch, RoleSpec, Velocity
 
 
@@ -383,25 +391,6 @@ class HeldOut:
     def close(self) -> None:
         """Ends the processes of metrics that have some."""
         self.suite.close()
-
-
-NO_TEACHER: Final = (
-    "a teacher is to be evaluated, and this method has no frozen role of that name: set "
-    "evaluation.ladder.teacher=null, and name an evaluation as evaluation.ladder.against"
-)
-
-
-def has_teacher(roles: Mapping[str, RoleSpec]) -> bool:
-    """Whether a method has a role of that name which nothing trains."""
-    return "teacher" in roles and not roles["teacher"].trainable
-
-
-def frozen_teacher(roles: Any) -> Velocity:
-    """The role that nothing trains, by its name; it may be told a strength, which reaches it where
-    it takes one. Raises InputError where there is none."""
-    if "teacher" not in roles or "teacher" in roles.trainable:
-        raise InputError(NO_TEACHER)
-    return told(roles["teacher"])
 
 
 def trained(evaluation: Evaluation) -> set[str]:

@@ -23,7 +23,8 @@ from flux2.errors import InputError
 from flux2.files import read_json, write_json, write_text
 from flux2.generate import Sampler, blank_image
 from flux2.model import Flux2
-from flux2.types import Velocity
+from flux2.roles import told
+from flux2.types import RoleSpec, Velocity
 
 if TYPE_CHECKING:
     from eval.heldout import HeldOut
@@ -176,6 +177,25 @@ def teachers(sampler: Sampler, teacher: Mapping[str, Any]) -> Sampler:
     schedule."""
     own = {"solver": "euler", **teacher, "guidance": float(teacher["guidance"])}
     return replace(sampler, **own)
+
+
+NO_TEACHER: Final = (
+    "a teacher is to be evaluated, and this method has no frozen role of that name: set "
+    "evaluation.ladder.teacher=null, and name an evaluation as evaluation.ladder.against"
+)
+
+
+def has_teacher(roles: Mapping[str, RoleSpec]) -> bool:
+    """Whether a method has a role of that name which nothing trains."""
+    return "teacher" in roles and not roles["teacher"].trainable
+
+
+def frozen_teacher(roles: Any) -> Velocity:
+    """The role that nothing trains, by its name; it may be told a strength, which reaches it where
+    it takes one. Raises InputError where there is none."""
+    if "teacher" not in roles or "teacher" in roles.trainable:
+        raise InputError(NO_TEACHER)
+    return told(roles["teacher"])
 
 
 def settings(held: HeldOut) -> list[list[Any]]:

@@ -34,8 +34,15 @@ from eval.dials import (
 )
 from eval.distillation import Part
 from eval.evaluation import FACTS, Evaluation, find
-from eval.heldout import HeldOut, frozen_teacher, has_teacher
-from eval.ladder import TEACHER, check_teacher, drawn_by, teachers
+from eval.heldout import HeldOut
+from eval.ladder import (
+    TEACHER,
+    check_teacher,
+    drawn_by,
+    frozen_teacher,
+    has_teacher,
+    teachers,
+)
 from eval.panels import Panel, panels
 from eval.records import Results
 from eval.suite import Suite

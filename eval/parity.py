@@ -33,7 +33,6 @@ from flux2.model import Flux2
 from flux2.rng import Rng
 from flux2.types import Condition, Velocity
 
-
 STRENGTHS: Final = (1.0, 2.0, 3.0, 4.5)
 """Which are measured where nothing else is said."""
 

@@ -40,6 +40,13 @@ class Promised:
         raise InputError("the data is yet to be made")
 
 
+class AnyScore(Scorer):
+    """In the place of a reward that is not built: it has whatever a method asks for."""
+
+    def check_gradient(self) -> None:
+        """It has one."""
+
+
 def examine(
     cfg: DictConfig, parents: Sequence[Facts], promised: Sequence[Path], merges: bool = False
 ) -> Facts:
@@ -112,7 +119,7 @@ def method_of(cfg: DictConfig) -> Method:
     OmegaConf.set_struct(plain, False)
     if "blocks" in plain.method and plain.method.blocks is None:
         plain.method.blocks = [[0], [0]]
-    return build(plain.method, **({} if plain.get("reward") is None else {"score": Scorer(None)}))
+    return build(plain.method, **({} if plain.get("reward") is None else {"score": AnyScore(None)}))
 
 
 def makes_weights(method: Method) -> bool:
@@ -120,9 +127,7 @@ def makes_weights(method: Method) -> bool:
     return any(s.trainable and s.kind in ("velocity", "policy") for s in method.roles.values())
 
 
-def _made(
-    cfg: DictConfig, method: Method, models: tuple[str, ...], schedule: str | None
-) -> Facts:
+def _made(cfg: DictConfig, method: Method, models: tuple[str, ...], schedule: str | None) -> Facts:
     role, adapter = method.result or cfg.model.role, cfg.get("adapter") is not None
     policy = shape_of(method.roles) is not None
     weights = makes_weights(method)

@@ -75,6 +75,8 @@ def check(cfg: DictConfig, started: int | None = None) -> int:
             )
     if size == 1:
         return size
+    if OmegaConf.select(cfg, "stage.name") == "pipeline":
+        raise InputError(f"{said}: a pipeline is one process: give launch.processes to a link")
     if OmegaConf.select(cfg, "engine.kind") in (None, "none"):
         name = OmegaConf.select(cfg, "engine.name") or "none"
         raise InputError(

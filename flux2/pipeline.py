@@ -107,6 +107,11 @@ def _begin_anew(cfg: DictConfig, links: Sequence[Link]) -> None:
             place = next(p for p in places if not p.exists())
             link.path.rename(place)
             print(f"{link.name}: what was there is now {place}", flush=True)
+    root, gone = Path(cfg.run.dir), {link.name for link in links}
+    kept = {name: record for name, record in records_of(root).items() if name not in gone}
+    write_json(root / RECORD, kept)
+    named = Run(root).manifest.get("links", {})
+    Run(root).update(links={name: place for name, place in named.items() if name not in gone})
     cfg.first = None
     write_text(Path(cfg.run.dir) / "config.yaml", OmegaConf.to_yaml(resolved(cfg)))
 

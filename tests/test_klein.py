@@ -74,7 +74,7 @@ def test_the_documents_table_has_the_same_figures():
 
 def test_every_method_has_lora_and_full_on_one_gpu_and_on_eight():
     names = {p.stem for p in RECIPES}
-    methods = ("sft", "dpo", "grpo", "nft", "awm", "direct")
+    methods = ("sft", "dpo", "grpo", "nft", "awm", "direct", "distill")
     assert names == {f"{m}-{how}" for m in methods for how in ("lora", "full")}
     for recipe in RECIPES:
         found = commands(recipe)
@@ -95,9 +95,11 @@ def test_what_a_recipe_says_of_itself_is_what_is_composed(recipe: Path):
                   ("full", 8): "zero2"}  # fmt: skip
         assert cfg.engine.name == wanted[how, command.gpus]
         assert cfg.data.batch_size % command.gpus == 0
-        # Every sample that is drawn is guided: klein-base needs it.
-        assert cfg.sampler.guidance == cfg.method.get("guidance", 4.0) == 4.0
-        assert instantiate(cfg.sampler, _convert_="all").steps == 50
+        # Every sample that is drawn is guided: klein-base needs it, and its student has it in it.
+        student = method == "distill"
+        assert cfg.method.get("guidance", 4.0) == 4.0
+        assert cfg.sampler.guidance == (1.0 if student else 4.0)
+        assert instantiate(cfg.sampler, _convert_="all").steps == (4 if student else 50)
         # No prompt is trained on and evaluated.
         assert cfg.data.dataset.path != cfg.evaluation.dataset.path
         assert Path(cfg.evaluation.dataset.path).is_file()

@@ -223,6 +223,7 @@ def test_first_makes_a_link_and_what_follows_anew(call):
     after = ids("01-a", "02-b", "03-c")
     assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]
     assert [manifest(f"p/{n}.1")["id"] for n in ("02-b", "03-c")] == before[1:]
+    assert set(json.loads(Path("p/links.json").read_text())) == set("abc")
     # The run has forgotten first=: resumed, it has nothing to do.
     assert OmegaConf.load("p/config.yaml").first is None
     code, out, _ = call("links.b='stage=count data={a} steps=5'", again=True)
@@ -276,6 +277,39 @@ def test_a_link_that_fails_ends_the_chain_and_is_gone_on_with(call, how, exit_co
 def test_dry_does_nothing(call):
     code, out, _ = call("dry=true")
     assert code == 0 and out.count("to do") == 3 and not Path("p/01-a").exists()
+
+
+def test_a_dry_run_changes_nothing(call):
+    assert call("only=a")[0] == 0
+
+    def files() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in sorted(Path("p").rglob("*")) if p.is_file()}
+
+    before = files()
+    assert call("dry=true", again=True)[0] == 0
+    assert files() == before
+
+
+def test_what_is_set_aside_is_no_link_any_more(tmp_path):
+    cfg = OmegaConf.create({
+        "links": {"a": "stage=x", "b": "stage=x"}, "more": {}, "first": "b",
+        "run": {"dir": str(tmp_path)},
+    })  # fmt: skip
+    chain = chain_of(cfg)
+    (tmp_path / "links.json").write_text(json.dumps({"a": {"uses": {}}, "b": {"uses": {}}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"links": {"a": "01-a", "b": "02-b"}}))
+    chain[1].path.mkdir()
+    pipeline._begin_anew(cfg, chain[1:])
+    assert (tmp_path / "02-b.1").is_dir() and not chain[1].path.exists()
+    assert set(json.loads((tmp_path / "links.json").read_text())) == {"a"}
+    assert manifest(tmp_path)["links"] == {"a": "01-a"}
+
+
+def test_the_stages_own_examples_are_taken(call):
+    """A run that is there is gone on with: first= of it needs resume=."""
+    text = (ROOT / "conf" / "stage" / "pipeline.yaml").read_text()
+    examples = [line for line in text.splitlines() if "python run.py" in line and "first=" in line]
+    assert examples and all("resume=" in line for line in examples)
 
 
 @pytest.mark.slow
@@ -476,6 +510,65 @@ def test_of_a_model_that_is_yet_to_be_made_the_settings_are_checked():
         examine(run._compose([*words, "train.steps=0"])[0], [], [PARENT.path])
     size, _ = run._compose(["stage=size", f"init_from={PARENT.path}"])
     assert examine(size, [PARENT], []).models == ("nano",)
+
+
+def test_what_trained_a_policy_is_followed_and_not_trained_further(tmp_path):
+    steps = plan(
+        tmp_path, f"sft: stage=sft {SMALL}",
+        "policy: stage=distill method=policy data.batch_size=2 evaluation=none",
+        "student: stage=export allow=[role]",
+    )  # fmt: skip
+    assert [Path(s.init or "-").name for s in steps] == ["-", "01-sft", "02-policy"]
+    student = replace(PARENT, role="distilled", schedule=None, policy=True)
+    for words in (f"stage=sft allow=[role] {SMALL}", "stage=fuse model.role=distilled lora=x"):
+        cfg, _ = run._compose([*words.split(), f"init_from={student.path}"])
+        with pytest.raises(InputError, match="is a policy student"):
+            examine(cfg, [student], [], merges="fuse" in words)
+
+
+def test_a_link_with_a_parent_has_that_parents_role():
+    """Its base's own role is no matter, whether or not the parent is there yet."""
+    parent = replace(PARENT, role="distilled", schedule=None)
+    given = f"init_from={parent.path}", "model.role=distilled"
+    for words in ("stage=sample", "stage=size", f"stage=sft allow=[role] {SMALL}"):
+        cfg, _ = run._compose([*words.split(), *given])
+        assert examine(cfg, [parent], []).role in (None, "distilled")
+    cfg, _ = run._compose(["stage=sft", *SMALL.split(), *given])
+    with pytest.raises(InputError, match=r"stage=sft trains a base"):
+        examine(cfg, [parent], [])
+    cfg, _ = run._compose(["stage=sft", *SMALL.split(), given[1]])  # it has no parent
+    with pytest.raises(InputError, match="is not distilled"):
+        examine(cfg, [], [])
+
+
+def test_what_a_method_makes_may_depend_on_its_settings():
+    """Also where only the settings are checked, as a teacher is yet to be made."""
+    parent = replace(PARENT, schedule=None)
+    words = ["stage=distill", "method=imitation", "evaluation=none", f"init_from={parent.path}",
+             f"method.teachers={{a: {parent.path}}}"]  # fmt: skip
+    for own, role in ((1, "distilled"), (3, "base")):
+        more = [f"method.own_guidance={own}", "method.guidance=3"]
+        found = examine(run._compose([*words, *more])[0], [parent], [parent.path])
+        assert (found.weights, found.role) == (True, role)
+    reward = ["stage=direct", "evaluation=none", f"model.vae={parent.path}/export/vae"]
+    assert examine(run._compose(reward)[0], [], [parent.path]).weights
+
+
+def test_a_fuse_starts_from_what_its_lora_lies_on(tmp_path):
+    made(tmp_path / "style", 1.0, model="nano", stage="sft")
+    steps = plan(
+        tmp_path, f"sft: stage=sft adapter=lora {SMALL}", f"more: stage=sft {SMALL}",
+        "own: stage=fuse lora={sft}",
+        "file: stage=fuse lora={sft}/export/lora-diffusers",
+    )  # fmt: skip
+    assert [Path(s.init or "-").name for s in steps] == ["-", "01-sft", "-", "-"]
+    again = plan(tmp_path / "b", f"sft: stage=sft {SMALL}", f"f: stage=fuse lora={tmp_path}/style")
+    assert again[1].init is None
+
+
+def test_a_kept_autoencoder_is_nothing_to_start_from(tmp_path):
+    links = "vae: stage=autoencoder", f"sft: stage=sft {SMALL}"
+    assert plan(tmp_path, *links, only="sft")[1].init is None
 
 
 def test_what_a_parent_makes_distilled_is_no_base():

@@ -125,6 +125,16 @@ def test_a_model_with_the_embedder_is_no_teacher(tiny):
 # ---------------------------------------------------------------- parity
 
 
+@pytest.mark.parametrize(
+    ("scale", "want"), [((1.0, 5.0), (1, 2, 3, 4.5)), ((2.0, 4.0), (2, 3)), ((5.0, 8.0), (5, 8))]
+)
+def test_the_strengths_are_those_that_training_draws(scale, want):
+    method = GuidanceDistillation(scale, micro=4)
+    assert Parity(WORLD, method, samples=5).strengths == want
+    with pytest.raises(InputError, match=r"set heldout\.strengths=\[…\] within that"):
+        Parity(WORLD, method, strengths=[9.0], samples=5)
+
+
 def test_parity_is_1_where_a_student_starts_and_0_at_the_target(tiny):
     roles = Roles(TOLD.roles, tiny, LoRA(2), None)
     parity = Parity(WORLD, TOLD, strengths=(1.0, 2.0, 4.5), samples=5, chunk=3)

@@ -7,10 +7,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from eval.checks import DECIDES, Metered, PromptsOnly, Trend, changed, mean, measured, table_of
+from eval.checks import (
+    DECIDES,
+    Metered,
+    PromptsOnly,
+    Trend,
+    changed,
+    mean,
+    measured,
+    metered,
+    table_of,
+)
 from eval.records import Fingerprint, Results, Score
+from flux2.analytic import toy_condition
 from flux2.data.signs import SignWorld
+from flux2.generate import Sampler
+from flux2.policy import TokenMixture
+from flux2.types import Batch, Condition, PolicyShape
 
 N = 48
 
@@ -132,3 +147,28 @@ def test_prompts_without_targets_keep_their_truth_and_size():
     assert len(blank) == 3 and blank.bucket_of(1) == world.bucket_of(1)
     assert blank[1].prompt == world[1].prompt and blank[1].meta == world[1].meta
     assert blank[1].target.shape == world[1].target.shape and not blank[1].target.any()
+
+
+class Bent:
+    """A policy whose velocity bends within a segment, so that its own integration shows."""
+
+    shape = PolicyShape(1, 3, 16)
+
+    def policy(self, x: Tensor, t: Tensor, cond: Condition) -> TokenMixture:
+        zero = torch.zeros(len(x), 4, 1)
+        return TokenMixture(x, t, zero, 0.3 * x[:, :, None] + 0.7, zero)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.policy(x, t, cond).velocity(x, t)
+
+
+def test_a_policy_that_is_measured_is_sampled_as_the_policy_that_it_is() -> None:
+    policy, sampler = Bent(), Sampler(steps=3, guidance=1.0)
+    ids = torch.arange(5)
+    batch = Batch(ids, ("p",) * 5, toy_condition(5, 4), ids, ({},) * 5, (1, 4), 3)
+    meter = metered(policy)
+    drawn = sampler(meter, batch, 7)
+    assert torch.equal(drawn, sampler(policy, batch, 7))
+    assert not torch.equal(drawn, sampler(Metered(policy), batch, 7))
+    assert meter.speed() > 0
+    assert type(metered(lambda x, t, cond: x)) is Metered

@@ -15,13 +15,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from distill.guidance import GuidanceDistillation
+from eval import stage
 from eval.evaluation import Evaluation, find
 from eval.heldout import HeldOut
-from eval.ladder import AtSize, Ladder, climb, stored
+from eval.ladder import AtSize, Ladder, climb, drawn_by, frozen_teacher, stored
 from eval.records import Fingerprint, Results, Score
 from eval.report.data import direction, open_runs
 from eval.rungs import Rung, fewest, picture, row_of, text_table
 from eval.tone import Tone
+from eval.triptych import Triptychs
+from flux2.adapters import LoRA
+from flux2.data.loader import Collator
 from flux2.data.signs import SignWorld
 from flux2.errors import InputError
 from flux2.files import write_json
@@ -29,7 +34,10 @@ from flux2.generate import Sampler
 from flux2.lineage import MANIFEST
 from flux2.log import Log
 from flux2.model import Flux2
+from flux2.roles import Roles as FluxRoles
 from flux2.roles import velocity_of
+from flux2.runs import Run
+from flux2.schedule import StaticShift
 from flux2.types import Batch
 
 SAMPLER = Sampler(steps=2, guidance=1.0)
@@ -266,6 +274,75 @@ def test_a_teacher_that_the_method_has_not_is_refused(tiny, tmp_path) -> None:
     learning.trainable = ("student", "teacher")
     with pytest.raises(InputError, match="no frozen role"):
         begin(held_out(ladder), tmp_path / "run", learning, model=tiny)
+
+
+def test_a_ladder_whose_evaluation_is_there_is_completed_at_the_end(tiny, tmp_path) -> None:
+    run, roles = tmp_path / "run", Roles(student=velocity_of(tiny))
+    held = held_out(Ladder([1]))
+    with begin(held, run, roles, model=tiny):
+        held.finish(1)
+    (run / "ladder" / "step_000001.json").unlink()  # killed between the two
+    again = held_out(Ladder([1]))
+    with begin(again, run, roles, step=1, model=tiny):
+        found = again.finish(1)["ladder"]
+    assert found is not None and found == stored(run, 1)
+
+
+def test_a_teacher_is_known_by_all_that_it_was_sampled_with(ladder) -> None:
+    run, _ = ladder
+    shot = Evaluation.load(run / "ladder" / "teacher" / "evaluation" / "step_000000")
+    held, sampler = held_out(None), Sampler(steps=3, guidance=2.0)
+    assert drawn_by(shot, held.sampled(sampler))
+    shifted = replace(sampler, schedule=StaticShift(2.0))
+    for other in (shifted, replace(sampler, steps=2), replace(sampler, guidance=1.5)):
+        assert not drawn_by(shot, held.sampled(other))
+    fewer = held_out(None, prompts=1)
+    edits = replace(held, dataset=SignWorld("heldout", length=2, tasks={"recolour": 1.0}))
+    more = replace(held, metrics={"red": Red(), "tone": Tone()})
+    for one in (fewer, edits, more, held_out(None, seed=1)):
+        assert not drawn_by(shot, one.sampled(sampler))
+
+
+def test_what_cannot_be_sampled_is_refused_before_there_is_a_model() -> None:
+    world = SignWorld("heldout", length=2, tasks={"t2i": 1.0})
+    maps = Sampler(steps=2, guidance=1.0, solver="flowmap")
+    with pytest.raises(InputError, match="flowmap has no guidance"):
+        HeldOut(world, maps, {"red": Red()}, ladder=Ladder([1], guidance=2.0))
+    edits = SignWorld("heldout", length=2, tasks={"recolour": 1.0})
+    with pytest.raises(InputError, match=r"leave out evaluation\.ladder\.sizes"):
+        HeldOut(edits, SAMPLER, {"red": Red()}, ladder=Ladder([1], sizes=[[32, 48]]))
+
+
+def test_a_distilled_run_is_no_teacher_whatever_the_model_it_began_with(
+    tmp_path, monkeypatch
+) -> None:
+    held = held_out(Ladder([1], teacher={"steps": 2, "guidance": 2.0}))
+    init = SimpleNamespace(manifest={"model_role": "base", "result_role": "distilled"})
+    monkeypatch.setattr("flux2.lineage.init_of", lambda cfg: init)
+    monkeypatch.setattr("flux2.lineage.check_lineage", lambda *a: None)
+    monkeypatch.setattr("flux2.model.check_initial", lambda cfg: None)
+    monkeypatch.setattr("flux2.train.build", lambda cfg: held)
+    cfg = OmegaConf.create({"model": {"role": "base"}, "evaluation": None})
+    with pytest.raises(InputError, match="this model is distilled"):
+        stage._model(cfg, {}, Run(tmp_path))
+
+
+def test_a_frozen_teacher_without_the_embedder_is_sampled_beside_a_student_with_it(tiny) -> None:
+    """As `stage=guidance method.scale=[1,5]` has them: conditions carry the student's strength."""
+    method = GuidanceDistillation((1.0, 5.0), micro=4)
+    roles = FluxRoles(method.roles, tiny, LoRA(2), None)
+    world = SignWorld("heldout", length=2, tasks={"t2i": 1.0})
+    batch = Collator(tiny, latents=False, unconditional=True)([world[0], world[1]], torch.arange(2))
+    assert batch.cond is not None and batch.cond.guidance is not None
+    assert batch.cond.null is not None
+    null = replace(batch.cond.null, guidance=None)
+    silent = replace(batch, cond=replace(batch.cond, guidance=None, null=null))
+    sampler = Sampler(steps=1, guidance=2.0)
+    want = sampler(roles["teacher"], silent, 0)
+    assert torch.equal(sampler(frozen_teacher(roles), batch, 0), want)
+    part = Triptychs(world, SAMPLER, guidance=2.0)
+    part.start(None, None, roles, None, step=5)  # type: ignore[arg-type]
+    assert list(part.columns(batch))[1] == "real score at t = 0.6, guidance 2"
 
 
 # ---------------------------------------------------------------- rows, by hand

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
+import run
 from eval.checks import PromptsOnly
 from eval.dials import ImageDials
 from eval.heldout import HeldOut
@@ -40,7 +42,7 @@ from flux2.optim import LearningRate, TurnAdamW
 from flux2.roles import Roles
 from flux2.schedule import EmpiricalShift
 from flux2.scorer import Scorer
-from flux2.types import Batch
+from flux2.types import Batch, RoleSpec
 from posttrain.direct import Direct
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -321,6 +323,39 @@ def test_a_run_too_short_for_a_comparison_has_no_checks(tiny, tmp_path, capsys):
     assert found["heldout"] == {} and found["exported"]["why"] == "the last"
     assert not (tmp_path / "run" / "monitor").exists()
     assert "held-out samples every" not in capsys.readouterr().out
+
+
+def test_a_run_too_short_for_a_comparison_ends_with_corridors_too(tiny, tmp_path):
+    toy = Toy(tiny, tmp_path / "run", level=0.5, corridors={"dark": {"max": 0.6}})
+    found = toy.run(1)["monitor"]
+    assert found["corridors"] == {} and found["exported"]["why"] == "the last"
+
+
+def test_a_teacher_that_the_method_has_not_is_refused_before_the_weights(tiny, tmp_path):
+    rules = {"dark": {"within": 0.5, "of": "teacher"}}
+    toy = Toy(tiny, tmp_path / "run", 0.5, teacher={"steps": 2, "guidance": 2.0}, corridors=rules)
+    student = RoleSpec(trainable=True)
+    toy.monitor.check({"student": student, "teacher": RoleSpec()})
+    for others in ({"teacher_a": RoleSpec()}, {"teacher": student}):
+        with pytest.raises(InputError, match="set monitor=none"):
+            toy.monitor.check({"student": student, **others})
+    Blind().check({"student": student})
+
+
+def test_imitation_is_not_watched_and_a_watch_that_cannot_be_is_refused_at_once(tmp_path):
+    def composed(*more):
+        with initialize_config_dir(str(run.CONF), version_base="1.3"):
+            return compose("config", overrides=["stage=distill", "method=imitation",
+                                                f"run.dir={tmp_path}", *more])  # fmt: skip
+
+    plain = composed("evaluation=none")
+    assert plain.monitor._target_ is None
+    training.assemble(plain).close()
+    with pytest.raises(InputError, match="set monitor=none"):
+        training.assemble(composed("evaluation=none", "monitor=distillation"))
+    ladder = ("evaluation=ladder", "evaluation.ladder.teacher={steps: 8, guidance: 3}")
+    with pytest.raises(InputError, match=r"evaluation\.ladder\.teacher=null"):
+        training.assemble(composed(*ladder))
 
 
 def test_a_metric_that_is_not_measured_is_closed(tiny, tmp_path):

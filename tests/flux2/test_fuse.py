@@ -11,9 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import run
+from eval import merge, shorten
 from flux2 import fuse
+from flux2.checkpoint import Best, write_checkpoint
 from flux2.errors import InputError
 from flux2.formats import Adapter, lora_diffusers, lora_original
+from flux2.lineage import same_init
+from flux2.model import load_initial
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,11 +108,88 @@ def test_a_file_is_named_or_alone_in_its_folder(tiny, tmp_path):
         fuse.add(tiny.transformer, other, 1.0)
 
 
+def trained(path: Path, **facts: object) -> Path:
+    """A run directory whose result is one checkpoint."""
+    best: Best = ("reward", 1.0, "max")
+    write_checkpoint(path / "checkpoints", 1, {"model/w": torch.ones(2)}, {}, {}, best=best)
+    told = {"id": "1", "stage": "sft", "status": "done", "parents": [], "trained": ["model"]}
+    (path / "manifest.json").write_text(json.dumps({**told, "model": "nano", **facts}))
+    return path
+
+
+def asked(*words: str):
+    return run._compose(["stage=fuse", *words])[0]
+
+
+def test_a_runs_checkpoints_are_taken_as_the_run(tmp_path):
+    sft = trained(tmp_path / "sft")
+    step = sft / "checkpoints" / "step_000001"
+    for lora in (sft, step, sft / "checkpoints" / "best"):
+        plan = fuse.planned(asked(f"lora={lora}"))
+        assert plan.file is None and plan.init is not None and plan.init.weights == step
+
+
+def test_a_fuse_of_a_run_is_resumed_without_init_from(tiny, tmp_path):
+    sft = trained(tmp_path / "sft")
+    cfg = asked(f"lora={sft}")
+    [parent] = found = fuse.parents_of(fuse.planned(cfg))
+    assert parent["path"].startswith(str(sft)) and parent["hash"]
+    assert same_init(cfg, tmp_path / "fuse", found) is None
+    # That of a file on a run began there.
+    file = written(adapter_for(tiny.transformer), tmp_path / "lora.safetensors", "plain")
+    cfg = asked(f"lora={file}", f"init_from={sft}")
+    init = same_init(cfg, tmp_path / "fuse", fuse.parents_of(fuse.planned(cfg)))
+    assert init is not None and init.run == sft
+
+
+def test_a_policy_student_is_not_fused(tiny, tmp_path):
+    student = trained(tmp_path / "student", policy={"components": 2}, result_role="distilled")
+    file = written(adapter_for(tiny.transformer), tmp_path / "lora.safetensors", "plain")
+    for words in ([f"lora={student}"], [f"lora={file}", f"init_from={student}"]):
+        with pytest.raises(InputError, match="is a policy student"):
+            fuse.planned(asked(*words, "model.role=distilled"))
+
+
+def test_model_role_is_of_the_result_that_is_started_from(tiny, tmp_path):
+    """And not of the base under it: here, and in the other stages that ask early."""
+    student = trained(tmp_path / "student", result_role="distilled")
+    file = written(adapter_for(tiny.transformer), tmp_path / "lora.safetensors", "plain")
+    for words in ([f"lora={student}"], [f"lora={file}", f"init_from={student}"]):
+        assert fuse.planned(asked(*words, "model.role=distilled")).init is not None
+    with pytest.raises(InputError, match="is not distilled"):
+        fuse.planned(asked(f"lora={file}", "model.role=distilled"))
+    (student / "config.yaml").write_text("adapter: null\ninit_from: null\n")
+    given = f"init_from={student}", "model.role=distilled", "method.blocks=[[0],[0]]"
+    with pytest.raises(InputError) as refused:  # of its checkpoint, which has no blocks
+        shorten.asked(run._compose(["stage=size", *given])[0])
+    assert "is not distilled" not in str(refused.value)
+    merged = run._compose(["stage=merge", f"runs=[{student},{student}]", "weights=[0.5,0.5]",
+                           "model.role=distilled"])[0]  # fmt: skip
+    with pytest.raises(InputError) as refused:
+        merge.planned(merged)
+    assert "is not distilled" not in str(refused.value)
+
+
+def test_an_exports_role_is_its_manifests(tmp_path):
+    """Weights of a run that are started from bring their role by its manifest, not by model.role:
+    an export of a base is loaded where model.role says distilled, under allow=[role]."""
+    folder = tmp_path / "fuse" / "export" / "diffusers"
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(ROOT / "experiments" / "nano" / "base")
+    told = {"id": "1", "stage": "fuse", "status": "done", "parents": [], "trained": ["fused"]}
+    (tmp_path / "fuse" / "manifest.json").write_text(json.dumps({**told, "model": "nano"}))
+    cfg = asked("lora=x", f"init_from={tmp_path / 'fuse'}", "model.role=distilled")
+    assert load_initial(cfg, torch.device("cpu")).info.role == "distilled"
+    cfg.init_from = None
+    with pytest.raises(InputError, match="is not distilled"):
+        load_initial(cfg, torch.device("cpu"))
+
+
 @pytest.mark.slow
 def test_a_run_and_its_exported_lora_give_the_same_model(tmp_path):
     """stage=fuse of a run with adapter=lora, and of the file that stage=export made of it."""
 
-    def run(*arguments: str, code: int = 0) -> str:
+    def command(*arguments: str, code: int = 0) -> str:
         done = subprocess.run(
             [sys.executable, "run.py", *arguments, "launch.threads=1"],
             cwd=ROOT, capture_output=True, text=True,
@@ -116,16 +198,17 @@ def test_a_run_and_its_exported_lora_give_the_same_model(tmp_path):
         return done.stdout + done.stderr
 
     sft, weights = tmp_path / "sft", "transformer/diffusion_pytorch_model.safetensors"
-    run("stage=sft", "adapter=lora", "evaluation=none", "heldout=none", "data.batch_size=2",
-        "train.steps=3", "optim.optimizer.lr=0.01", f"run.dir={sft}")  # fmt: skip
-    run("stage=export", f"init_from={sft}", "format=[lora-diffusers,lora-original]", "dtype=fp32",
-        f"run.dir={tmp_path / 'out'}")  # fmt: skip
+    command("stage=sft", "adapter=lora", "evaluation=none", "heldout=none", "data.batch_size=2",
+            "train.steps=3", "optim.optimizer.lr=0.01", f"run.dir={sft}")  # fmt: skip
+    command("stage=export", f"init_from={sft}", "format=[lora-diffusers,lora-original]",
+            "dtype=fp32", f"run.dir={tmp_path / 'out'}")  # fmt: skip
     given = {"run": sft, "diffusers": tmp_path / "out/export/lora-diffusers",
              "original": tmp_path / "out/export/lora-original"}  # fmt: skip
     found = {}
     for name, lora in given.items():
-        run("stage=fuse", f"lora={lora}", "dtype=fp32", f"run.dir={tmp_path / name}")
+        command("stage=fuse", f"lora={lora}", "dtype=fp32", f"run.dir={tmp_path / name}")
         found[name] = load_file(tmp_path / name / "export/diffusers" / weights)
+        command(f"resume={tmp_path / name}")
         told = json.loads((tmp_path / name / "manifest.json").read_text())
         assert told["trained"] == ["fused"] and told["result_role"] == "base"
         assert len(told["parents"]) == (name == "run")
@@ -137,7 +220,7 @@ def test_a_run_and_its_exported_lora_give_the_same_model(tmp_path):
     for name in ("diffusers", "original"):
         for key, want in found["run"].items():
             torch.testing.assert_close(found[name][key], want, rtol=1e-5, atol=1e-6)
-    out = run("stage=fuse", f"lora={sft}", "scale=0.5", f"run.dir={tmp_path / 'half'}", code=2)
+    out = command("stage=fuse", f"lora={sft}", "scale=0.5", f"run.dir={tmp_path / 'half'}", code=2)
     assert "stage=merge" in out and "Traceback" not in out
-    run("stage=sample", f"init_from={tmp_path / 'run'}", "count=1", "sampler.steps=2",
+    command("stage=sample", f"init_from={tmp_path / 'run'}", "count=1", "sampler.steps=2",
         f"run.dir={tmp_path / 'sample'}")  # fmt: skip
