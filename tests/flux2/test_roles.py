@@ -115,10 +115,10 @@ def test_gradients_under_checkpointing_equal_those_without(tiny, lora):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_checkpointing_is_enabled_on_trainable_backbones(tiny, lora):
+def test_checkpointing_is_enabled_on_every_backbone(tiny, lora):
+    """Of frozen roles, too: a critic's gradients pass through the teacher."""
     roles = build(tiny, lora, checkpointing=True)
-    assert roles["policy"].backbone.gradient_checkpointing
-    assert roles["reference"].backbone.gradient_checkpointing == lora  # shared, but never graded
+    assert all(roles[name].backbone.gradient_checkpointing for name in NAMES)
 
 
 @pytest.mark.parametrize("lora", [True, False])
