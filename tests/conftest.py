@@ -15,6 +15,14 @@ from flux2.model import Flux2, load_model
 from flux2.types import Batch
 
 CONF = Path(__file__).parents[1] / "conf"
+LONGEST = ("test_stages.py", "test_kill.py", "test_style.py", "test_zero.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a worker takes the next file when it is done with one, and a long
+    one that is left for the end would keep the others waiting."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
