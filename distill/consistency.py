@@ -40,7 +40,7 @@ from flux2.flow import TimeDensity, Uniform, exact, expand
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.samplers import guided
-from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity
+from flux2.types import Batch, Memoryless, Metrics, RoleSpec, Turn, Velocity
 
 Map = Callable[[Tensor, Tensor], Tensor]
 """u at (x: b n c, t: b), with r and the condition held fixed."""
@@ -119,7 +119,7 @@ def difference(
 
 
 @dataclass(frozen=True)
-class FlowMapDistillation:
+class FlowMapDistillation(Memoryless):
     """Method of stage=distill.
 
     Attributes:
@@ -225,14 +225,3 @@ class FlowMapDistillation:
             "change": change.square().mean(),
             "speed": v.square().mean(),
         })  # fmt: skip
-
-    def metrics(self) -> Metrics:
-        """None: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: all state is in the roles and the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

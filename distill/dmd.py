@@ -45,11 +45,11 @@ from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.samplers import branches
 from flux2.schedule import EmpiricalShift, Schedule
-from flux2.types import Batch, DirectScore, Metrics, RoleSpec, Turn
+from flux2.types import Batch, DirectScore, Memoryless, Metrics, RoleSpec, Turn
 
 
 @dataclass
-class DMD:
+class DMD(Memoryless):
     """Method of stage=distill.
 
     Attributes:
@@ -233,14 +233,3 @@ class DMD:
         short = shorten(pull, self.cap)
         capped = (short != pull).any(2).any(1).float().mean()
         return short, {"reward": reward.detach().nanmean(), "reward_capped": capped}
-
-    def metrics(self) -> Metrics:
-        """None: the losses say it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: all state is in the roles and the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

@@ -33,13 +33,13 @@ from flux2.flow import LogitNormal, TimeDensity, expand, guide, velocity_from_x0
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.samplers import branches
-from flux2.types import Batch, Condition, Metrics, RoleSpec, Turn, Velocity
+from flux2.types import Batch, Condition, Memoryless, Metrics, RoleSpec, Turn, Velocity
 
 LAWS = ("uniform", "log-uniform")
 
 
 @dataclass(frozen=True)
-class GuidanceDistillation:
+class GuidanceDistillation(Memoryless):
     """Method of stage=guidance.
 
     Attributes:
@@ -170,14 +170,3 @@ class GuidanceDistillation:
         v = roles["student"](at.x, at.t, self.asked(batch.cond, g))
         error = (v - target).square().mean((1, 2))  # b
         return weighted(batch, error, {"speed": target.square().mean()})
-
-    def metrics(self) -> Metrics:
-        """None: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: all state is in the roles and the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

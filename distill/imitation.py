@@ -31,11 +31,11 @@ from flux2.losses import weighted
 from flux2.rng import Rng
 from flux2.samplers import branches, guided
 from flux2.schedule import EmpiricalShift, Schedule
-from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity
+from flux2.types import Batch, Memoryless, Metrics, RoleSpec, Turn, Velocity
 
 
 @dataclass(frozen=True)
-class OnPolicyImitation:
+class OnPolicyImitation(Memoryless):
     """Method of stage=distill.
 
     Attributes:
@@ -184,14 +184,3 @@ class OnPolicyImitation:
                 v = self._said(roles[f"teacher_{name}"], self.guidance, x, t, batch)
                 target = target + shares[:, j, None, None] * v
         return target
-
-    def metrics(self) -> Metrics:
-        """None: the losses say it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: all state is in the roles and the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

@@ -27,7 +27,17 @@ from flux2.losses import weighted
 from flux2.rng import Rng
 from flux2.samplers import guided, sample_policy, substates
 from flux2.schedule import EmpiricalShift, Schedule
-from flux2.types import Batch, Condition, Law, Metrics, Policy, PolicyShape, RoleSpec, Turn
+from flux2.types import (
+    Batch,
+    Condition,
+    Law,
+    Memoryless,
+    Metrics,
+    Policy,
+    PolicyShape,
+    RoleSpec,
+    Turn,
+)
 
 
 class _Watched:
@@ -46,7 +56,7 @@ class _Watched:
 
 
 @dataclass(frozen=True)
-class PolicyImitation:
+class PolicyImitation(Memoryless):
     """Method of stage=distill.
 
     Attributes:
@@ -153,14 +163,3 @@ class PolicyImitation:
                 states[j] = torch.where(here[:, None, None], state, kept)
                 times[j] = times[j].masked_fill(here, t)
         return list(zip(states, times, strict=True))
-
-    def metrics(self) -> Metrics:
-        """None: the losses say it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: all state is in the roles and the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

@@ -33,11 +33,11 @@ from flux2.errors import InputError
 from flux2.flow import LogitNormal, TimeDensity
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
-from flux2.types import Batch, Metrics, RoleSpec, Turn
+from flux2.types import Batch, Memoryless, Metrics, RoleSpec, Turn
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Memoryless):
     """Method of stage=size.
 
     Attributes:
@@ -122,17 +122,6 @@ class Size:
             term = term + self.task * task
             found["task"] = task.detach().mean()
         return weighted(batch, term, found)
-
-    def metrics(self) -> Metrics:
-        """None: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: all state is in the roles and the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 def apart(mine: Tensor, theirs: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Plan:
 
 def planned(cfg: Any) -> Plan:
     """Refuses what cannot be merged. Raises InputError."""
-    from flux2.export import LORA, Target, check_target
+    from flux2.export import LORA, Target, check_target, formats_of
     from flux2.lineage import ROLES, allowed, check_lineage, schedule_hash
     from flux2.merge import check_adapters, check_parents, parents_of
     from flux2.model import DTYPES, check_model
@@ -70,9 +70,7 @@ def planned(cfg: Any) -> Plan:
     points = points_of(len(names), weights, cfg.grid, cfg.tasks)
     choose = _choice(cfg, len(points))
     check_model(cfg.model, own_role=False)
-    formats, schedule = _formats(cfg), build(cfg.sampler.schedule)
-    if cfg.dtype not in DTYPES:
-        raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
+    formats, schedule = formats_of(cfg), build(cfg.sampler.schedule)
     for name in formats:
         lora = ("adapter",) if name in LORA else None
         check_target(Target(name, DTYPES[cfg.dtype], schedule=schedule), lora)
@@ -91,13 +89,6 @@ def _check(cfg: Any) -> None:
         raise InputError("stage=merge takes runs=[…]: leave init_from out")
     if cfg.model.get("quantise") is not None:
         raise InputError("stage=merge writes whole weights: set model.quantise=null")
-    formats = _formats(cfg)
-    if not formats or len(set(formats)) < len(formats):
-        raise InputError("format= names nothing, or one twice: give e.g. format=[diffusers]")
-
-
-def _formats(cfg: Any) -> list[str]:
-    return [cfg.format] if isinstance(cfg.format, str) else list(cfg.format)
 
 
 def _choice(cfg: Any, points: int) -> tuple[str, str] | None:

@@ -65,6 +65,7 @@ def asked(cfg: Any) -> tuple[int, int]:
         InputError: a choice that cannot be made, or LoRA.
     """
     from flux2.model import check_initial, initial_depth
+    from flux2.results import check_not_policy
 
     if cfg.adapter is not None:
         raise InputError(
@@ -72,11 +73,7 @@ def asked(cfg: Any) -> tuple[int, int]:
             "the whole one: leave out adapter="
         )
     check_initial(cfg)
-    if cfg.init_from is not None and find_init(cfg.init_from).manifest.get("policy"):
-        raise InputError(
-            f"init_from={cfg.init_from} is a policy student, and stage=size matches velocities: "
-            "name a run that trained one"
-        )
+    check_not_policy(cfg, None if cfg.init_from is None else find_init(cfg.init_from))
     there = initial_depth(cfg)
     if cfg.method.blocks is None:
         return depth.counts(_plain(cfg.keep), there)
@@ -136,8 +133,7 @@ def _measured(
 
     model = load_initial(cfg, pick_device(cfg.engine.device))
     role = velocity_of(model, cfg.engine.autocast)
-    if not isinstance(role, VelocityRole):
-        raise InputError(f"{model.info.name} is a policy student: give a model that is a velocity")
+    assert isinstance(role, VelocityRole)  # `asked` refuses a policy student
     if found is None:
         rows = []
         if cfg.method.blocks is None:

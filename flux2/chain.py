@@ -21,7 +21,7 @@ from flux2.checkpoint import steps
 from flux2.errors import InputError
 from flux2.files import read_json
 from flux2.lineage import MANIFEST, find_init, manifests_of, result_role
-from flux2.runs import _ASIDE
+from flux2.runs import ASIDE
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
 REFERENCE = re.compile(r"\{([A-Za-z][\w-]*)\}")
@@ -296,7 +296,7 @@ def changes(link: Link, cfg: DictConfig) -> list[str]:
         return ["config.yaml is gone"]
     was, now = (
         {k: v for k, v in dict(_leaves(OmegaConf.to_container(c, resolve=True))).items()
-         if k.partition(".")[0] not in _ASIDE}
+         if k.partition(".")[0] not in ASIDE}
         for c in (stored, cfg)
     )  # fmt: skip
     # A key that came since, and says nothing, is none that the run would have had otherwise.

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from flux2.chain import Facts, naming
 from flux2.checks import check
 from flux2.errors import InputError
-from flux2.export import FORMATS, LORA, Target, check_target
+from flux2.export import Target, check_target, formats_of
 from flux2.lineage import ROLES, Init, allowed, check_lineage, init_of
 from flux2.model import DTYPES, check_model
 from flux2.origin import origin_of, targets_of
@@ -198,14 +198,8 @@ def _check_export(cfg: DictConfig, parent: Facts | None) -> None:
         return
     if OmegaConf.select(cfg, "model") is not None:
         raise InputError("the export's parent brings its own model: leave out model=")
-    names = [cfg.format] if isinstance(cfg.format, str) else list(cfg.format)
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"format={names}: name each of {', '.join(FORMATS)} at most once")
-    if cfg.dtype not in DTYPES:
-        raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
+    names = formats_of(cfg)
     given = {} if cfg.schedule is None else {"schedule": build(cfg.schedule)}
     for name in names:
         trained = ("adapter",) if parent.adapter else None
         check_target(Target(name, DTYPES[cfg.dtype], cfg.merge, **given), trained)
-    if not cfg.merge and not set(names) & set(LORA):
-        raise InputError("merge=false writes the base without its adapter: add lora-diffusers")

@@ -31,7 +31,7 @@ from flux2.chain import (
     words_of,
 )
 from flux2.errors import InputError
-from flux2.launch import _die_with, _write
+from flux2.launch import die_with, write_note
 from flux2.lineage import find_init
 from flux2.ranks import parsed, resolved
 
@@ -78,7 +78,7 @@ def examine_links(arguments: list[str], compose: Compose, ending: Ending) -> int
     """The process that examines all links. Arguments: a folder with the pipeline's config.yaml, the
     pipeline's process. Leaves NN.yaml of each link that is to be done, and links.json."""
     folder, parent = Path(arguments[0]), int(arguments[1])
-    _die_with(parent)
+    die_with(parent)
     where: Link | None = None
     words: list[str] = []
     steps: list[Step] = []
@@ -97,9 +97,9 @@ def examine_links(arguments: list[str], compose: Compose, ending: Ending) -> int
             text = text if where is None else f"link {where.name}: {text}"
         elif where is not None:
             text += f"\nerror: link {where.name} could not be examined"
-        _write(folder / "links.json", {"code": code, "text": text})
+        write_note(folder / "links.json", {"code": code, "text": text})
         return code
-    _write(folder / "links.json", {"code": 0, "plan": [asdict(step) for step in steps]})
+    write_note(folder / "links.json", {"code": 0, "plan": [asdict(step) for step in steps]})
     return 0
 
 

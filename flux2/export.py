@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flux2 import adapters, folders, formats, quantise, verify
+from flux2.architecture import DTYPES
 from flux2.checkpoint import on_main
 from flux2.distributed import is_main
 from flux2.errors import InputError
@@ -283,14 +284,31 @@ def tensors_of(
     return weights, Adapter.read(tensors, _scale(backbone, adapter))
 
 
+def formats_of(cfg: Any) -> list[str]:
+    """The names in cfg.format, one or a list.
+
+    Raises:
+        InputError: none, one twice, one that is unknown, or a cfg.dtype that is.
+    """
+    names = [cfg.format] if isinstance(cfg.format, str) else list(cfg.format)
+    if not names or len(set(names)) < len(names) or not set(names) <= set(FORMATS):
+        raise InputError(f"format={names}: choose from {', '.join(FORMATS)}, each at most once")
+    if cfg.dtype not in DTYPES:
+        raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
+    if not cfg.get("merge", True) and not set(names) & set(LORA):
+        raise InputError(
+            "merge=false writes the base without its adapter: add lora-diffusers or lora-original "
+            "to format"
+        )
+    return names
+
+
 def check_target(target: Target, trained: Iterable[str] | None) -> None:
     """Refuses what cannot be written. trained: the adapter's layers, None without one.
 
     Raises:
         InputError: why.
     """
-    if target.format not in FORMATS:
-        raise InputError(f"format is {target.format!r}: choose from {', '.join(FORMATS)}")
     if trained is None and target.format in LORA:
         raise InputError(
             f"format={target.format}: no adapter was trained there: choose "

@@ -106,7 +106,7 @@ def start(cfg: DictConfig, script: Path) -> tuple[int, str]:
     """
     cfg = resolved(cfg)
     settle = settler(cfg)
-    with tempfile.TemporaryDirectory(prefix="flux2-") as name, _signals() as received:
+    with tempfile.TemporaryDirectory(prefix="flux2-") as name, signals_received() as received:
         folder = Path(name)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
         command = [sys.executable, str(script), AGENT, str(folder), str(os.getpid())]
@@ -126,7 +126,7 @@ def start(cfg: DictConfig, script: Path) -> tuple[int, str]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals_received() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are noted in the list instead of ending this process."""
     received: list[int] = []
     before: dict[int, float] = {signal.SIGINT: -AGAIN, signal.SIGTERM: -AGAIN}
@@ -202,7 +202,7 @@ def _read(folder: Path, processes: int, received: list[int]) -> tuple[int, str]:
     A worker that was killed had no time for a note, and the others' are consequences of it.
     """
     notes = _notes(folder)
-    agent = _json(folder / "agent.json") or {}
+    agent = note_at(folder / "agent.json") or {}
     for rank, status in agent.get("exits", {}).items():
         if any(str(note["rank"]) == rank and "code" in note for note in notes):
             continue
@@ -238,7 +238,7 @@ def _last_words(folder: Path, rank: str) -> str:
 def agent(arguments: list[str]) -> int:
     """torchrun, which leaves a note of the workers' exit codes. Arguments: folder, parent, …"""
     folder, parent, *rest = arguments
-    _die_with(int(parent))
+    die_with(int(parent))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the workers' own affair; exec gives them back
     import logging
@@ -261,25 +261,25 @@ def agent(arguments: list[str]) -> int:
     except Exception as error:  # the rendezvous: a name, a port, a machine that did not come
         reason = " ".join(str(error).split()) or type(error).__name__
         note = {"code": 2, "text": f"error: cannot start the ranks: {reason[:300]}; see launch.*"}
-    _write(Path(folder, "agent.json"), note)
+    write_note(Path(folder, "agent.json"), note)
     return 1 if note else 0
 
 
 def work(arguments: list[str], job: Callable[[DictConfig], object], ending: Ending) -> int:
     """One rank. Arguments: folder, agent. SIGINT and SIGTERM must raise Interrupted by now."""
     folder, parent = Path(arguments[0]), int(arguments[1])
-    _die_with(parent)
+    die_with(parent)
     rank, ranks = int(os.environ["RANK"]), None
     if rank:
         mute(folder / f"{rank}.stderr")
     path, note = folder / f"{rank}.json", {"rank": rank, "pid": os.getpid()}
 
     def ended(code: int, text: str = "", first: bool = False) -> None:
-        _write(path, {**note, "code": code, "text": text, "first": first, "time": time.time()})
+        write_note(path, {**note, "code": code, "text": text, "first": first, "time": time.time()})
 
     code, text = 0, ""
     try:
-        _write(path, note)  # from here on signals are sent
+        write_note(path, note)  # from here on signals are sent
         cfg = parsed((folder / "config.yaml").read_text(encoding="utf-8"))
         ranks = Ranks()
         ranks.watch(ended)
@@ -305,7 +305,7 @@ def _deaf() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Let the system kill this process when its parent ends, however it ends."""
     if sys.platform == "linux":
         import ctypes
@@ -316,18 +316,19 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _write(path: Path, value: object) -> None:
+def write_note(path: Path, value: object) -> None:
     """Whole or not at all, for a reader that looks at any moment."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value), encoding="utf-8")
     temporary.replace(path)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def note_at(path: Path) -> dict[str, Any] | None:
+    """What `write_note` wrote there; None where there is nothing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _notes(folder: Path) -> list[dict[str, Any]]:
     """The workers' notes, by rank: with a code once they have ended."""
-    found = [_json(p) for p in folder.glob("*.json") if p.stem.isdecimal()]
+    found = [note_at(p) for p in folder.glob("*.json") if p.stem.isdecimal()]
     return sorted((note for note in found if note), key=lambda note: note["rank"])

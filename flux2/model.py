@@ -19,6 +19,7 @@ from flux2 import architecture, attention, depth, embedder, policy, sources
 from flux2.architecture import DTYPES
 from flux2.errors import InputError
 from flux2.latents import LatentCodec
+from flux2.lineage import ROLES
 from flux2.text import PADDING, TextEncoder
 from flux2.types import PolicyShape
 
@@ -30,7 +31,6 @@ KEPT = ("dtype", "vae_dtype", "vae_autocast", "attention", "max_sequence_length"
 STRENGTH = "embedded_guidance"
 """In the index of a folder whose second number no pipeline would give: what it is where nothing
 else is said; null where it is no strength of guidance. Likewise in the manifest of its run."""
-ROLES = ("base", "distilled", "guidance-distilled")
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from flux2.checkpoint import load_checkpoint
 from flux2.distributed import pick_device
 from flux2.errors import InputError
 from flux2.export import (
-    FORMATS,
     LORA,
     Target,
     check_target,
     expected,
     export_weights,
+    formats_of,
     tensors_of,
 )  # fmt: skip
 from flux2.formats import Adapter
@@ -116,16 +116,7 @@ def targets_of(cfg: Any, origin: Origin) -> list[Target]:
     Raises:
         InputError: a format that cannot be had from this origin.
     """
-    names = [cfg.format] if isinstance(cfg.format, str) else list(cfg.format)
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"format={names}: name each of {', '.join(FORMATS)} at most once")
-    if cfg.dtype not in DTYPES:
-        raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
-    if not cfg.merge and not set(names) & set(LORA):
-        raise InputError(
-            "merge=false writes the base without its adapter: add lora-diffusers or lora-original "
-            "to format"
-        )
+    names = formats_of(cfg)
     schedule = origin.schedule if cfg.schedule is None else build(cfg.schedule)
     adapter = None if origin.lora is None else Adapter.read(origin.weights, 1.0)
     targets = []

@@ -30,7 +30,7 @@ from flux2.chain import RECORD, Link, chain_of, outdated, records_of, uses_of
 from flux2.errors import InputError
 from flux2.examine import STAGE, Ending, Step
 from flux2.files import read_json, write_json, write_text
-from flux2.launch import KILLED, _die_with, _json, _signals, _write
+from flux2.launch import KILLED, die_with, note_at, signals_received, write_note
 from flux2.ranks import parsed, resolved
 from flux2.runs import Interrupted, Run, hold, release
 
@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         LinkEnded: one failed. Interrupted: after the link has ended for it.
     """
     chain, began = chain_of(cfg), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="flux2-") as name, _signals() as received:
+    with tempfile.TemporaryDirectory(prefix="flux2-") as name, signals_received() as received:
         folder = Path(name)
         plan = _examined(cfg, folder, received)
         todo = [step for step in plan if step.todo]
@@ -86,7 +86,7 @@ def _examined(cfg: DictConfig, folder: Path, received: list[int]) -> list[Step]:
         _wait(process, received, lambda: False)
     if received:
         raise Interrupted(received[0])
-    note = _json(folder / "links.json")
+    note = note_at(folder / "links.json")
     if note is None:
         raise LinkEnded(1, f"{(folder / 'stderr').read_text()}error: the links were not examined")
     if note["code"] == 2:
@@ -140,7 +140,7 @@ def _do(
         process.wait()
     record["seconds"] = round(record["seconds"] + time.monotonic() - began, 1)
     write_json(root / RECORD, {**records_of(root), link.name: record})
-    note = _json(file.with_suffix(".json")) or {}
+    note = note_at(file.with_suffix(".json")) or {}
     if received:
         raise Interrupted(received[0])
     _hand_on(link, note.get("code"), note.get("text", ""), process.returncode, root)
@@ -196,7 +196,7 @@ def run_link(arguments: list[str], perform: Callable[..., int], ending: Ending) 
     perform: does a job, telling `say` what went wrong; returns its exit code.
     """
     file, parent = Path(arguments[0]), int(arguments[1])
-    _die_with(parent)
+    die_with(parent)
     said: list[str] = []
 
     def say(code: int, text: str) -> int:
@@ -205,14 +205,14 @@ def run_link(arguments: list[str], perform: Callable[..., int], ending: Ending) 
 
     note = file.with_suffix(".json")
     try:
-        _write(note, {})  # from here on signals are sent
+        write_note(note, {})  # from here on signals are sent
         code = perform(parsed(file.with_suffix(".yaml").read_text(encoding="utf-8")), say)
     except BaseException as error:
         code, text = ending(error, ())
         said.append("" if code > 128 else text)  # the pipeline says how to go on
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    _write(note, {"code": code, "text": "\n".join(filter(None, said))})
+    write_note(note, {"code": code, "text": "\n".join(filter(None, said))})
     return code
 
 

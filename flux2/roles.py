@@ -201,7 +201,7 @@ def _projector(model: Flux2, spec: RoleSpec, seed: int, name: str) -> nn.Module:
     if spec.block > blocks:
         raise InputError(
             f"{name} takes the hidden states of block {spec.block}, and {model.info.name} has "
-            f"{blocks}: choose an earlier one (method.align.block)"
+            f"{blocks}: choose an earlier one (the block= of what asks for it)"
         )
     width = config.num_attention_heads * config.attention_head_dim
     inner = min(2048, 4 * width)
@@ -394,17 +394,10 @@ class Roles(Mapping[str, Any]):
         self._parameters[name] = {**self._owned(named), **self._parameters.get(name, {})}
 
     def _headed(self, name: str, spec: RoleSpec, model: Flux2) -> dict[str, nn.Parameter]:
-        """A policy's head: the model's where it has one of that shape, else a fresh one."""
+        """A policy's head, fresh: no run starts from a policy student."""
         config: Any = model.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         head = Head(width, config.out_channels or config.in_channels, spec.policy, self._seed)
-        if model.head is not None:
-            if model.head.shape.components != spec.policy.components:
-                raise InputError(
-                    f"{model.info.name} is a policy of {model.head.shape.components} components: "
-                    f"set method.components to that, and not to {spec.policy.components}"
-                )
-            head.load_state_dict(model.head.state_dict())
         self.backbones[f"{name}_head"] = head.to(model.device)
         return {PREFIX + k: p for k, p in self._owned(head.named_parameters()).items()}
 

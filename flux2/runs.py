@@ -238,7 +238,7 @@ def _resumable(cfg: DictConfig, path: Path) -> dict[str, Any] | None:
     return None
 
 
-_ASIDE = ("run", "launch", "resume", "logger", "init_from")
+ASIDE = ("run", "launch", "resume", "logger", "init_from")
 """Keys that may differ between a run and the same run asked for again."""
 
 
@@ -255,7 +255,7 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
     stored = OmegaConf.load(path / "config.yaml")
     assert isinstance(stored, DictConfig)
     was, asked = (
-        {k: v for k, v in OmegaConf.to_container(c, resolve=True).items() if k not in _ASIDE}  # type: ignore[union-attr]
+        {k: v for k, v in OmegaConf.to_container(c, resolve=True).items() if k not in ASIDE}  # type: ignore[union-attr]
         for c in (stored, cfg)
     )
     if was != asked or (stored.init_from is None) != (cfg.init_from is None):

@@ -319,6 +319,22 @@ class Method(Protocol):
         ...
 
 
+class Memoryless:
+    """The end of most methods: their state is all in the roles and the step, so that a resume has
+    nothing to restore, and their losses say all that is logged."""
+
+    def metrics(self) -> Metrics:
+        """None."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
 @runtime_checkable
 class Described(Protocol):
     """A method that says, before the first step, what its settings amount to."""

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from flux2.errors import InputError
 from flux2.rng import Rng
-from flux2.types import Batch, Metrics, RoleSpec, Turn
+from flux2.types import Batch, Memoryless, Metrics, RoleSpec, Turn
 
 
 @dataclass(frozen=True)
-class AutoencoderTraining:
+class AutoencoderTraining(Memoryless):
     """Method of stage=autoencoder.
 
     Attributes:
@@ -69,14 +69,3 @@ class AutoencoderTraining:
             "psnr": 10 * (4 / square).log10().mean(),
             "kl": kl.mean(),
         }
-
-    def metrics(self) -> Metrics:
-        """None: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

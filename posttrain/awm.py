@@ -24,14 +24,14 @@ from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import EmpiricalShift, Schedule
-from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
+from flux2.types import Batch, Memoryless, Metrics, RoleSpec, Score, Turn
 from posttrain._common import GroupFilter, check_group, draw_euler, rollout
 from posttrain.advantages import Advantage, GroupRelative
 from posttrain.axes import Anchor, clipped
 
 
 @dataclass
-class AWM:
+class AWM(Memoryless):
     """Method of stage=awm.
 
     Attributes:
@@ -130,10 +130,3 @@ class AWM:
     def metrics(self) -> Metrics:
         """Of the last rollout."""
         return self._metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

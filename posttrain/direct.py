@@ -25,7 +25,7 @@ from flux2.losses import weighted
 from flux2.rng import Rng
 from flux2.samplers import guided, sample_euler
 from flux2.schedule import EmpiricalShift, Grid, Schedule
-from flux2.types import Batch, Condition, DirectScore, Metrics, RoleSpec, Turn, Velocity
+from flux2.types import Batch, Condition, DirectScore, Memoryless, Metrics, RoleSpec, Turn, Velocity
 from posttrain.axes import Anchor
 
 
@@ -120,7 +120,7 @@ class DirectAlign:
 
 
 @dataclass
-class Direct:
+class Direct(Memoryless):
     """Method of stage=direct.
 
     Attributes:
@@ -197,14 +197,3 @@ class Direct:
         short = grad * (self.bound * weight / length).clamp(max=1.0)[:, None, None]
         # A length that is not finite has no direction: that sample is left out, and no other.
         return torch.where(length.isfinite()[:, None, None], short, 0.0)
-
-    def metrics(self) -> Metrics:
-        """None: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

@@ -29,11 +29,11 @@ from flux2.errors import InputError, check_positive
 from flux2.flow import LogitNormal, TimeDensity
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
-from flux2.types import Batch, Metrics, RoleSpec, Turn, Velocity
+from flux2.types import Batch, Memoryless, Metrics, RoleSpec, Turn, Velocity
 
 
 @dataclass
-class KTO:
+class KTO(Memoryless):
     """Method of stage=kto.
 
     Attributes:
@@ -115,13 +115,6 @@ class KTO:
         """Of the step's batch, before its update; liked and disliked are the mean implicit rewards
         of those samples."""
         return self._metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 def labelled(batch: Batch) -> Batch:

@@ -25,14 +25,14 @@ from flux2.losses import Noised, weighted
 from flux2.rng import Rng
 from flux2.samplers import guided
 from flux2.schedule import EmpiricalShift, Schedule
-from flux2.types import Batch, Metrics, RoleSpec, Score, Turn
+from flux2.types import Batch, Memoryless, Metrics, RoleSpec, Score, Turn
 from posttrain._common import GroupFilter, check_group, draw_euler, rollout
 from posttrain.advantages import Advantage, GroupRelative
 from posttrain.axes import Anchor
 
 
 @dataclass
-class NFT:
+class NFT(Memoryless):
     """Method of stage=nft.
 
     Attributes:
@@ -132,10 +132,3 @@ class NFT:
     def metrics(self) -> Metrics:
         """Of the last rollout."""
         return self._metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: the old policy is a role."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""

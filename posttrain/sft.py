@@ -26,7 +26,7 @@ from flux2.flow import (
 )
 from flux2.losses import Noised
 from flux2.rng import Rng
-from flux2.types import Batch, Condition, Metrics, RoleSpec, Turn
+from flux2.types import Batch, Condition, Memoryless, Metrics, RoleSpec, Turn
 
 
 class Target(Protocol):
@@ -107,7 +107,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Memoryless):
     """Method of stage=pretrain and stage=sft.
 
     Attributes:
@@ -186,14 +186,3 @@ class FlowMatching:
         if not isinstance(self.weighting, Unweighted):
             found["weighted"] = term.mean()
         return loss, found
-
-    def metrics(self) -> Metrics:
-        """None: the loss says it all."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: all state is in the roles and the step."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
