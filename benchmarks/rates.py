@@ -1,9 +1,9 @@
 """The learning-rate search of the table of methods: python benchmarks/rates.py [method …]
 
 Every method alike: a rate to begin with, half and double of it, the steps of its recipe
-(experiments/methods), seed 0, judged by tesseract's exact match on 60 held-out signs of another draw than
-the table's. Runs that are done are kept in --runs and not done again; two at a time on two cores:
-give each of two commands some of the methods.
+(experiments/methods), seed 0, judged by tesseract's exact match on 60 held-out signs of another
+draw than the table's. Runs that are done are kept in --runs and not done again; two at a time on
+two cores: give each of two commands some of the methods.
 """
 
 from __future__ import annotations
