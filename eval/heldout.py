@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eval import tables
+from eval.ceilings import keep, place, read
 from eval.evaluation import FOLDER, Evaluation, find
 from eval.images import read_image
 from eval.ladder import (
@@ -65,6 +66,7 @@ class HeldOut:
         headline: values told beside the progress.
         control: value → gain of the control that the recipe stores, shown beside ours.
         ladder: further numbers of steps (and sizes), evaluated at the same times.
+        cache: folder where ceilings are kept for other runs; None: each measures its own.
     """
 
     dataset: Dataset
@@ -81,6 +83,7 @@ class HeldOut:
     headline: Sequence[str] = ()
     control: Mapping[str, Any] | None = None
     ladder: Ladder | None = None
+    cache: str | None = None
     _history: dict[int, Evaluation] = field(default_factory=dict)
     _measured: set[int] = field(default_factory=set)
     _known: Mapping[str, float] | None = field(default=None, init=False, repr=False)
@@ -196,10 +199,14 @@ class HeldOut:
 
     def ceilings(self, model: Flux2) -> Mapping[str, float]:
         """Each value on the held-out targets after the autoencoder's round trip, of which a run
-        trains nothing: measured once, all ranks together. {} where the targets only say the
-        size (and on ranks other than 0)."""
+        trains nothing: measured once, all ranks together, or read where another run has measured
+        them. {} where the targets only say the size (and on ranks other than 0)."""
         if self._known is None:
-            self._known = self._ceilings(model)
+            file = place(self.cache, self.suite, self.records(), self.noises == 1, model)
+            self._known = on_main(lambda: read(file))
+            if self._known is None:
+                found = self._known = self._ceilings(model)
+                on_main(lambda: keep(file, found))
         return self._known
 
     def _ceilings(self, model: Flux2) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,28 @@ def test_the_ceiling_is_measured_once(tiny, tmp_path: Path) -> None:
     ceiling = held._ceilings(tiny)
     assert summary["ceiling"] == ceiling and 0 < ceiling["red"] < 1
     assert held._history[0].ceilings == held._history[1].ceilings == ceiling
+
+
+def test_runs_of_a_sweep_share_their_ceilings(tiny, tmp_path: Path) -> None:
+    """Kept for what is alike in all that they depend on, and for nothing else."""
+    cache = str(tmp_path / "cache")
+
+    def calls(name: str, metric: Red, prompts: int = 3, model: Flux2 = tiny) -> int:
+        held = held_out(metric, shown=1, cache=cache, prompts=prompts)
+        with begin(held, model, tmp_path / name):
+            first = held._history[0].ceilings
+        assert first == held._ceilings(model)
+        return metric.calls - 1  # less the line above
+
+    assert calls("first", Red()) == 2 and calls("alike", Red()) == 1
+    assert calls("metric", Red("second")) == 2 and calls("prompts", Red(), prompts=2) == 2
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        next(other.vae.decoder.parameters()).mul_(1.5)
+    assert calls("autoencoder", Red(), model=other) == 2
+    for file in Path(cache).iterdir():
+        file.write_text("{")
+    assert calls("torn", Red()) == 2 and calls("again", Red()) == 1
 
 
 def test_a_resumed_run_takes_up_its_ceiling(tiny, tmp_path: Path) -> None:
