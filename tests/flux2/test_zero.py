@@ -72,8 +72,9 @@ def agree(folder: Path, reference: Path, tolerance: float = 1e-6) -> None:
     got, want = metrics(folder), metrics(reference)
     assert len(got) == len(want) == 5
     for mine, theirs in zip(got, want, strict=True):
-        # A cosine divides by lengths, which are small here: its rounding is a few times larger.
-        near = {k: tolerance * (10 if k == "dmd/cos" else 1) for k in theirs}
+        # A cosine divides by the length of Δ, 1e-4 of the images' here: fp32's rounding of them is
+        # 1e-3 of it, sample by sample (1.1e-5 in the mean was seen).
+        near = {k: tolerance * (100 if k == "dmd/cos" else 1) for k in theirs}
         assert mine.keys() == theirs.keys()
         assert all(mine[k] == pytest.approx(theirs[k], abs=near[k]) for k in theirs), (mine, theirs)
         norms = {k: v for k, v in theirs.items() if k.endswith("grad_norm")}
