@@ -31,8 +31,8 @@ LOWER: Final = frozenset((
 """Words of a metric's name that say: lower is better."""
 HIGHER: Final = frozenset(("diversity", "vendi", "recall", "precision", "coverage"))
 """Words that say the contrary, whatever else the name holds (`diversity_lpips`)."""
-NEITHER: Final = frozenset(("saturation", "contrast"))
-"""Words that say: neither side is better."""
+NEITHER: Final = frozenset(("saturation", "contrast", "kl"))
+"""Words that say: neither side is better; a divergence from the base is what a gain costs."""
 SIDES: Final = ("higher", "lower", "none")
 BETTER, WORSE, OPEN, EQUAL = "better", "worse", "no difference found", "equal within margin"
 REFUSED: Final = "not compared"

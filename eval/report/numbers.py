@@ -29,8 +29,8 @@ from eval.report.data import (
 from eval.stats import holm
 from flux2.errors import InputError
 
-FEW = 20
-"""Prompts below which a report says that they are few."""
+FEW, MANY = 20, 6
+"""Prompts below which a report says that they are few; names above which a title counts them."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def numbers(entries: Sequence[Entry], settings: Settings) -> dict[str, Any]:
     metrics = [_metric(name, entries, settings) for name in names]
     _correct(metrics, [e.name for e in entries[1:]], settings.level)
     out = {
-        "title": settings.title or _title([e.name for e in entries]),
+        "title": settings.title or title_of([e.name for e in entries]),
         "level": settings.level,
         "baseline": entries[0].name,
         "runs": [_run(e) for e in entries],
@@ -130,8 +130,12 @@ def _once(entries: Sequence[Entry]) -> list[Entry]:
     return list(first.values())
 
 
-def _title(names: Sequence[str]) -> str:
-    return f"{', '.join(names[1:])} against {names[0]}" if len(names) > 1 else names[0]
+def title_of(names: Sequence[str]) -> str:
+    """Of a page without one: the runs, the first of which is the baseline."""
+    if len(names) == 1:
+        return names[0]
+    others = ", ".join(names[1:]) if len(names) <= MANY else f"{len(names) - 1} runs"
+    return f"{others} against {names[0]}"
 
 
 def _run(entry: Entry) -> dict[str, Any]:

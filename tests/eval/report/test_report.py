@@ -22,7 +22,7 @@ import run as entry_point
 from eval.evaluation import Evaluation, write_image
 from eval.records import Aggregate, Fingerprint, Results, Score, compare
 from eval.report.data import clock, curves, direction, held_out, margin_of, open_runs
-from eval.report.numbers import Settings, numbers
+from eval.report.numbers import Settings, numbers, title_of
 from eval.report.page import (
     embed,
     glance,
@@ -205,10 +205,16 @@ def test_an_unknown_baseline_is_refused(two: list[str]) -> None:
         ("lpips", "lower"), ("diversity_lpips", "higher"), ("vendi", "higher"), ("psnr", "higher"),
         ("ocr_ned", "higher"), ("ocr_pned", "lower"), ("identity_copy", "lower"),
         ("ocr_recall", "higher"), ("face_swap", "lower"), ("certainty", "higher"),
+        ("kl_path", "none"), ("hsv_saturation", "none"),
     ],
 )  # fmt: skip
 def test_the_name_tells_the_better_side(metric: str, side: str) -> None:
     assert direction(metric) == side
+
+
+def test_a_title_names_few_runs_and_counts_many() -> None:
+    assert title_of(["base"]) == "base" and title_of(["base", "a", "b"]) == "a, b against base"
+    assert title_of(["base", *map(str, range(30))]) == "30 runs against base"
 
 
 def test_rules_come_before_names() -> None:
