@@ -202,7 +202,8 @@ class HeldOut:
         trains nothing: measured once, all ranks together, or read where another run has measured
         them. {} where the targets only say the size (and on ranks other than 0)."""
         if self._known is None:
-            file = place(self.cache, self.suite, self.records(), self.noises == 1, model)
+            sets = self.noises == 1
+            file = on_main(lambda: place(self.cache, self.suite, self.records(), sets, model))
             self._known = on_main(lambda: read(file))
             if self._known is None:
                 found = self._known = self._ceilings(model)

@@ -288,11 +288,13 @@ def formats_of(cfg: Any) -> list[str]:
     """The names in cfg.format, one or a list.
 
     Raises:
-        InputError: none, one twice, one that is unknown, or a cfg.dtype that is.
+        InputError: none, one twice, or an unknown cfg.dtype. An unknown format is `check_target`'s.
     """
     names = [cfg.format] if isinstance(cfg.format, str) else list(cfg.format)
-    if not names or len(set(names)) < len(names) or not set(names) <= set(FORMATS):
-        raise InputError(f"format={names}: choose from {', '.join(FORMATS)}, each at most once")
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"format= names nothing, or one twice: name each of {', '.join(FORMATS)} at most once"
+        )
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype is {cfg.dtype!r}: choose from {', '.join(DTYPES)}")
     if not cfg.get("merge", True) and not set(names) & set(LORA):
@@ -309,6 +311,8 @@ def check_target(target: Target, trained: Iterable[str] | None) -> None:
     Raises:
         InputError: why.
     """
+    if target.format not in FORMATS:
+        raise InputError(f"format is {target.format!r}: choose from {', '.join(FORMATS)}")
     if trained is None and target.format in LORA:
         raise InputError(
             f"format={target.format}: no adapter was trained there: choose "

@@ -489,7 +489,7 @@ PARENT = Facts(Path("/nowhere/01-sft"), False, True, "base", ("nano",), "0123456
         (f"stage=sft {SMALL} allow=[schedule] method.micro=0", "micro"),
         (f"stage=sft {SMALL} allow=[schedule] optim.optimizer.lr=-1", "learning rate"),
         ("stage=export format=lora-diffusers", "no adapter was trained"),
-        ("stage=export format=zip", "format=['zip']: choose from"),
+        ("stage=export format=zip", "format is 'zip'"),
         ("stage=export model=nano", "leave out model="),
         ("stage=dpo evaluation=none data.dataset.path=/nowhere/01-sft/x method.beta=-1", "beta"),
     ],

@@ -184,7 +184,7 @@ def test_an_unknown_value_to_choose_by_is_told_after_the_first_point():
         (("grid=2", "evaluation=signs"), "choose= names"),
         (("grid=2", "evaluation=signs", "choose=[a,best]"), "choose= names"),
         (("format=[lora-diffusers]",), "full has no adapter"),
-        (("format=[]",), "each at most once"),
+        (("format=[]",), "format= names nothing"),
         (("dtype=fp8",), "choose from"),
         (("model.quantise=nf4",), "quantise=null"),
         (("sampler.schedule._target_=flux2.schedule.Linear",), "add allow=.schedule."),

@@ -361,6 +361,7 @@ def test_a_role_that_moved_on_is_not_exported(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("target", "layers", "says"),
     [
+        (Target("gguf", torch.float32), None, "choose from diffusers, single"),
         (Target("lora-diffusers", torch.float32), None, "no adapter was trained"),
         (Target("lora-original", torch.float32), None, "no adapter was trained"),
         (Target("single", torch.float32, merge=False), None, "merge=false"),
