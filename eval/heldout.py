@@ -54,7 +54,7 @@ class HeldOut:
     Attributes:
         dataset: prompts with ground truth; the first `prompts` records are used.
         sampler: of all evaluations.
-        metrics: key → metric, set metric, or `eval.suite.Skipped`.
+        metrics: key → metric, set metric, or `eval.suite.Skipped`; None: left out.
         trained_on: keys of metrics that training maximises, besides those that share what scores
             them with a reward of the run or of its ancestors, which are marked by themselves.
         prompts: how many. noises: samples a prompt.
@@ -95,7 +95,8 @@ class HeldOut:
             if value < 1:
                 raise InputError(f"evaluation.{name} is {value}: it must be at least 1")
         self.prompts = min(self.prompts, len(self.dataset))
-        self.suite = Suite(dict(self.metrics), tuple(self.trained_on))
+        wanted = {key: metric for key, metric in self.metrics.items() if metric is not None}
+        self.suite = Suite(wanted, tuple(self.trained_on))
         if self.ladder is not None:
             self.ladder.fits(self.sampler, self.dataset, self.prompts)
         for key, reason in self.suite.skipped.items():

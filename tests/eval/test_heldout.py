@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eval.heldout import HeldOut
 from flux2.data.signs import SignWorld
+from flux2.errors import InputError
 from flux2.files import write_json
 from flux2.generate import Sampler
 from flux2.lineage import MANIFEST
@@ -63,6 +64,14 @@ def begin(held: HeldOut, model: Flux2, run: Path, step: int = 0, **rewards: Any)
     log = Log(run, cfg.logger, 2, step)
     held.start(cfg, model, Alone(model=velocity_of(model)), log, step)
     return log
+
+
+def test_a_metric_that_is_null_is_left_out() -> None:
+    sampler = Sampler(steps=1, guidance=1.0)
+    held = HeldOut(SignWorld("heldout", length=1), sampler, {"red": Red(), "second": None})
+    assert list(held.suite.present) == ["red"]
+    with pytest.raises(InputError, match="'second', which is no metric"):
+        HeldOut(SignWorld("heldout", length=1), sampler, {"second": None}, trained_on=["second"])
 
 
 def test_the_ceiling_is_measured_once(tiny, tmp_path: Path) -> None:
