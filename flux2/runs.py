@@ -220,22 +220,23 @@ def _resumable(cfg: DictConfig, path: Path) -> dict[str, Any] | None:
     if not (path / MANIFEST).exists():
         return None
     old = read_json(path / MANIFEST)
-    if cfg.resume is not None:
-        if old["stage"] != cfg.stage.name:
-            raise InputError(
-                f"{path} holds a run of stage={old['stage']}, not {cfg.stage.name}; "
-                f"write stage={old['stage']} or choose another run.dir"
-            )
+    # A run that failed before its first checkpoint has nothing to lose: another may take its place.
+    lost = old["status"] == "failed" and not steps(path / "checkpoints")
+    if cfg.resume is not None and old["stage"] == cfg.stage.name:
         return old
-    # A run that failed before its first checkpoint has nothing to lose: it may be run again.
-    if old["status"] != "failed" or steps(path / "checkpoints"):
-        # Its process would hold the directory: it was killed.
-        status = "killed" if old["status"] == "running" else old["status"]
+    if lost and cfg.resume in (None, "auto"):
+        return None
+    if cfg.resume is not None:
         raise InputError(
-            f"{path} already holds a run ({status}); "
-            "choose another run.dir, or add resume=auto to go on with it"
+            f"{path} holds a run of stage={old['stage']}, not {cfg.stage.name}; "
+            f"write stage={old['stage']} or choose another run.dir"
         )
-    return None
+    # Its process would hold the directory: it was killed.
+    status = "killed" if old["status"] == "running" else old["status"]
+    raise InputError(
+        f"{path} already holds a run ({status}); "
+        "choose another run.dir, or add resume=auto to go on with it"
+    )
 
 
 ASIDE = ("run", "launch", "resume", "logger", "init_from")

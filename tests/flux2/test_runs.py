@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_a_run_that_failed_at_once_leaves_no_measurements_to_the_next(tmp_path):
     assert (run.path / "evaluation").exists()
     Run.create(config(run.path))
     assert not (run.path / "evaluation").exists()
+
+
+def test_a_run_that_failed_at_once_makes_room_for_another_stage(tmp_path):
+    other = {"name": "dpo"}
+    for resume in (None, "auto"):
+        Run.create(config(tmp_path / "run", resume="auto")).finish("failed")
+        run = Run.create(config(tmp_path / "run", resume=resume, stage=other))
+        assert run.manifest["stage"] == "dpo"
+        run.finish("interrupted")
+        with pytest.raises(InputError, match="holds a run of stage=dpo, not sft"):
+            Run.create(config(run.path, resume="auto"))
+        shutil.rmtree(run.path)
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted", "done"])
