@@ -157,13 +157,16 @@ def judge(cfg: Any, gave: Gave, may: str) -> tuple[Path, int]:
     from flux2.distributed import pick_device
     from flux2.lineage import ROLES, check_lineage, init_of, trained_rewards
     from flux2.model import check_initial, load_initial
+    from flux2.results import check_sampled
     from flux2.roles import velocity_of
     from flux2.scorer import Scorer, close
     from flux2.train import build
 
     check_initial(cfg)
-    check_lineage(cfg, init_of(cfg), ROLES)
+    init = init_of(cfg)
+    check_lineage(cfg, init, ROLES)
     sampler, dataset = build(cfg.sampler), build(cfg.data.dataset)
+    check_sampled(cfg, init, sampler)
     reward = build(cfg.reward)
     run = Run(Path(cfg.run.dir))
     folder, scorer = run.path / cfg.stage.name, Scorer(reward)

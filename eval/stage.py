@@ -65,6 +65,7 @@ def _model(
     from flux2.distributed import pick_device
     from flux2.lineage import ROLES, check_lineage, init_of, result_role
     from flux2.model import check_initial, load_initial
+    from flux2.results import check_sampled
     from flux2.roles import velocity_of
     from flux2.train import build
 
@@ -73,6 +74,7 @@ def _model(
     check_lineage(cfg, init, ROLES)
     held: HeldOut = build(cfg.evaluation)
     try:
+        check_sampled(cfg, init, held.sampler)
         if held.ladder is not None:
             made = None if init is None else result_role(init.manifest)
             held.ladder.check(made or cfg.model.role)

@@ -156,6 +156,7 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     from flux2.lineage import ROLES, check_lineage, init_of, schedule_hash, trained_rewards
     from flux2.log import grid as picture
     from flux2.model import check_initial, load_initial
+    from flux2.results import check_sampled
     from flux2.roles import velocity_of
     from flux2.runs import Run
     from flux2.train import build
@@ -163,8 +164,10 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     if cfg.count < 1:
         raise InputError(f"count is {cfg.count}: it must be at least 1")
     check_initial(cfg)
-    check_lineage(cfg, init_of(cfg), ROLES)
+    init = init_of(cfg)
+    check_lineage(cfg, init, ROLES)
     sampler: Sampler = build(cfg.sampler)
+    check_sampled(cfg, init, sampler)
     run, device = Run(Path(cfg.run.dir)), pick_device(cfg.engine.device)
     if cfg.prompts:
         blank = blank_image(cfg.height, cfg.width)

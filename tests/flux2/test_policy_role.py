@@ -23,7 +23,7 @@ from flux2.model import load_model
 from flux2.optim import LearningRate, TurnAdamW
 from flux2.policy import PolicyRole
 from flux2.rehearsal import rehearse
-from flux2.results import check_not_policy
+from flux2.results import check_not_policy, check_sampled
 from flux2.rng import Rng
 from flux2.roles import Roles, VelocityRole, velocity_of
 from flux2.samplers import sample_policy
@@ -170,6 +170,11 @@ def test_an_export_is_opened_by_us_and_refused_by_diffusers(tiny, tiny_config, t
     training = OmegaConf.create({"model": cfg})
     with pytest.raises(InputError, match="is a policy student"):
         check_not_policy(training, None)
+    check_sampled(training, None, sampler)  # by its files alone, before its weights are read
+    for wrong in (Sampler(steps=2, guidance=3.0), Sampler(2, 1.0, "heun")):
+        with pytest.raises(InputError, match="sampled with guidance=1 solver=euler"):
+            check_sampled(training, None, wrong)
+    check_sampled(OmegaConf.create({"model": tiny_config}), None, Sampler(steps=2, guidance=3.0))
 
 
 def test_the_plan_knows_its_forwards():
