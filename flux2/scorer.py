@@ -25,7 +25,7 @@ class Scorer:
 
     def __init__(self, reward: Any, model: Flux2 | None = None) -> None:
         self.reward, self.model = reward, model
-        self.works = False
+        self.works: bool | None = None  # None: not asked for yet
         self.tap: Callable[[Tensor, Batch], object] = lambda images, batch: None
         """Shown every chunk's images, b 3 h w uint8."""
         self._seconds, self._told = 0.0, Counter[str]()
@@ -49,9 +49,12 @@ class Scorer:
         begun = time.perf_counter()
         found = scores()
         self._seconds += time.perf_counter() - begun
-        self.works = self.works or not bool(found["reward"].isnan().all())
-        self._noted.append((batch.groups.cpu(), found["reward"].detach().cpu()))
+        self._note(found["reward"], batch)
         return found
+
+    def _note(self, found: Tensor, batch: Batch) -> None:
+        self.works = bool(self.works) or not bool(found.isnan().all())
+        self._noted.append((batch.groups.cpu(), found.detach().cpu()))
 
     def noted(self) -> tuple[Tensor, Tensor]:
         """What this rank's samples scored since it was asked last: their prompts' ids and their
@@ -65,8 +68,8 @@ class Scorer:
         samples of all ranks could not be scored, by reason; {} without a reward.
 
         Raises:
-            InputError: nobody could score anything in the first step. Later failures are masked,
-                but such a run is set up wrongly.
+            InputError: nobody could score anything in the first step that asked for rewards. Later
+                failures are masked, but such a run is set up wrongly.
         """
         if self.reward is None:
             return {}
@@ -75,9 +78,9 @@ class Scorer:
         mine, self._told = counts - self._told, counts
         new: Counter[str] = Counter()
         for works, part in distributed.gather_objects((self.works, mine)):
-            self.works = self.works or works
+            self.works = self.works if works is None else bool(self.works) or works
             new.update(part)
-        if not self.works:
+        if self.works is False:
             why = ", ".join(f"{k} × {n}" for k, n in new.items())
             raise InputError(
                 f"the reward scored no sample of the first step ({why or 'all NaN'}): give prompts "
@@ -109,8 +112,7 @@ class Scorer:
         begun = time.perf_counter()
         found = self.reward.differentiable(images, batch)
         self._seconds += time.perf_counter() - begun
-        self.works = self.works or not bool(found.isnan().all())
-        self._noted.append((batch.groups.cpu(), found.detach().cpu()))
+        self._note(found, batch)
         return found
 
     @property

@@ -81,6 +81,16 @@ def test_a_first_step_without_any_score_is_refused_and_a_later_one_is_masked():
     assert score.probe()["failures/odd"] == 2
 
 
+def test_steps_that_ask_for_no_reward_are_no_failure():
+    """As those in which the fake score is trained alone."""
+    score = scorer(NAN, NAN)
+    for _ in range(2):
+        assert set(score.probe()) == {"time/reward"}
+    score(torch.zeros(2, 1, 1), BATCH)()
+    with pytest.raises(InputError, match="first step"):
+        score.probe()
+
+
 def test_the_gradients_way_is_watched_as_well():
     score = scorer(NAN, NAN)
     score.check_gradient()
