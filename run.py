@@ -182,7 +182,7 @@ def _command(
         _check_flags(arguments)
         if stored := _stored(arguments):
             return attempt(lambda: perform(_reread(*stored)))
-        arguments = _planned(arguments)
+        arguments = planned(arguments)
         with _command_line(arguments):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(composed)()
     except Interrupted as interrupt:
@@ -418,7 +418,7 @@ def _recipe_mismatch(arguments: Sequence[str]) -> str | None:
     return _mismatch(stage, given["stage"]) if wrong else None
 
 
-def _planned(arguments: Sequence[str]) -> Sequence[str]:
+def planned(arguments: Sequence[str]) -> Sequence[str]:
     """stage=plan experiment=<recipe> plans the recipe's own stage: plan=<stage> is added."""
     given, stage = _given(arguments)
     if given.get("stage") != "plan" or stage is None:

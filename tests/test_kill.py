@@ -193,8 +193,8 @@ STAGES = {
     "awm": ("stage=awm", *RL, "anchor=ema", "method.updates=2", "adapter=lora"),
     "direct": ("stage=direct", *TINY, "evaluation.trained_on=[]", "anchor=velocity"),
     "distill": (
-        "stage=distill", *TINY, "data.batch_size=2", "method.every=2", "critic=ladd", "reward=spelling",
-        "evaluation.trained_on=[]", "monitor=none",
+        "stage=distill", *TINY, "data.batch_size=2", "method.every=2", "critic=ladd",
+        "reward=spelling", "evaluation.trained_on=[]", "monitor=none",
     ),
     "dpo": ("stage=dpo", *JUDGED),
     "kto-lora": ("stage=kto", *JUDGED, "adapter=lora"),
