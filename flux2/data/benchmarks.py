@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2.data.lines import FORMATS, read_lines, read_objects, read_text
-from flux2.data.readers import Row, Rows, Size, checked_sizes
-from flux2.data.record import Record
+from flux2.data.readers import Row, RowDataset, Rows, Size, checked_sizes
 from flux2.errors import InputError
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -30,7 +29,7 @@ LIVE = ("cat", "dog")
 
 
 @dataclass(frozen=True, eq=False)
-class Listed:
+class Listed(RowDataset[Row]):
     """Rows as a dataset (`flux2.data.record.Dataset`).
 
     Attributes:
@@ -42,32 +41,15 @@ class Listed:
     rows: Sequence[Row] = field(repr=False)
     size: Size
     stamp: str = field(init=False)
+    _rows: Rows[Row] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(repr(self.size).encode())
         for row in self.rows:
             files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in row.references]
             digest.update(repr((row.prompt, files, row.meta)).encode())
+        object.__setattr__(self, "_rows", Rows(self.rows, (self.size,)))
         object.__setattr__(self, "stamp", digest.hexdigest()[:16])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Record:
-        """Raises UnreadableRecord for a damaged reference."""
-        return self._rows.at(index).record(index, self.size)
-
-    def describe(self, index: int) -> Record:
-        """The record without images; nothing is read."""
-        return self._rows.described(index)
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """(height, width, number of references)."""
-        return self._rows.bucket(index)
-
-    @property
-    def _rows(self) -> Rows[Row]:
-        return Rows(self.rows, (self.size,))
 
 
 # -- GenEval -------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from typing import Any, Final, cast
 from PIL import Image
 
 from flux2.data.lines import read_objects, read_text, take_meta, take_path, take_prompt
-from flux2.data.readers import Rows, checked_sizes, cover, read_image
+from flux2.data.readers import RowDataset, Rows, Size, checked_sizes, cover, read_image
 from flux2.data.record import Record, UnreadableRecord
 from flux2.errors import InputError
 from flux2.files import read_json
@@ -47,8 +47,32 @@ _SPLIT: Final = re.compile(r"(\w+)-\d+-of-\d+(?:-\w+)?")
 _COLUMNS: Final = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A pair before its images are read."""
+
+    prompt: str
+    winner: Path | _Cell
+    loser: Path | _Cell
+    margin: float = 1.0
+    references: tuple[Path, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self, index: int, size: Size) -> Record:
+        """See `flux2.data.readers.Unread`."""
+        winner, loser = (cover(_image(x), size) for x in (self.winner, self.loser))
+        references = tuple(cover(read_image(r), size) for r in self.references)
+        return Record(
+            index, self.prompt, winner, references, None, (winner, loser, self.margin), self.meta
+        )
+
+    def sized_by(self) -> Path:
+        """See `flux2.data.readers.Unread`."""
+        return _source(self.winner)
+
+
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(RowDataset[_Pair]):
     """Pairs as a dataset (`flux2.data.record.Dataset`): a record's target is the winner, and its
     `preference` is (winner, loser, margin), both of the winner's bucket.
 
@@ -94,43 +118,6 @@ class Pairs:
         found = {"_rows": Rows(rows, buckets), "left_out": left_out, "stamp": _stamp(rows)}
         for name, value in {**found, "rewards": _judges(path)}.items():
             object.__setattr__(self, name, value)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        """Raises UnreadableRecord for a damaged image."""
-        row = self._rows.at(index)
-        size = self._rows.size(row)
-        winner, loser = (cover(_image(x), size) for x in (row.winner, row.loser))
-        references = tuple(cover(read_image(r), size) for r in row.references)
-        return Record(
-            index, row.prompt, winner, references, None, (winner, loser, row.margin), row.meta
-        )
-
-    def describe(self, index: int) -> Record:
-        """The record without images; nothing is read."""
-        return self._rows.described(index)
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """(height, width, number of references), from the winner's header."""
-        return self._rows.bucket(index)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A pair before its images are read."""
-
-    prompt: str
-    winner: Path | _Cell
-    loser: Path | _Cell
-    margin: float = 1.0
-    references: tuple[Path, ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-    def sized_by(self) -> Path:
-        """See `flux2.data.readers.Unread`."""
-        return _source(self.winner)
 
 
 def _stamp(rows: Sequence[_Pair]) -> str:

@@ -39,167 +39,6 @@ _ORIENTATION = 0x0112  # EXIF tag; its values 5 to 8 turn the image by a quarter
 Size = tuple[int, int]
 
 
-# -- datasets ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Folder:
-    """Images with a caption each: `cat.jpg` beside `cat.txt`, in subfolders as well.
-
-    Records are in order of their paths; names that begin with a dot are passed over. `meta` has
-    `file`, the path in the folder.
-
-    Attributes:
-        path: the folder.
-        sizes: [h, w] of the buckets; an image goes to the one of nearest aspect.
-        stamp: changes with any file's name, size or time, or a caption; it keeps caches honest.
-
-    Raises:
-        InputError: no such folder, no images, a caption that is missing, empty or not UTF-8, two
-            images that share one, wrong sizes.
-    """
-
-    path: str
-    sizes: Sequence[Sequence[int]] = ((64, 64),)
-    stamp: str = field(init=False)
-    _rows: Rows[Row] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise InputError(f"{root} is no folder: set data.dataset.path to a folder of images")
-        files = sorted(
-            (f for f in root.rglob("*") if f.suffix.lower() in FORMATS and _shown(f, root)),
-            key=lambda f: f.relative_to(root).as_posix(),
-        )
-        if not files:
-            raise InputError(f"{root} holds no image: it takes {', '.join(sorted(FORMATS))}")
-        owners: dict[Path, Path] = {}
-        for file in files:
-            other = owners.setdefault(file.with_suffix(".txt"), file)
-            if other != file:
-                raise InputError(f"{file} has the same caption file as {other.name}: rename one")
-        rows = [
-            Row(_caption(text), file, meta={"file": file.relative_to(root).as_posix()})
-            for text, file in owners.items()
-        ]
-        _fill(self, Rows(rows, checked_sizes(self.sizes)))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        """Raises UnreadableRecord for a damaged image."""
-        return _record(self._rows, index)
-
-    def describe(self, index: int) -> Record:
-        """The record without images; nothing is read."""
-        return self._rows.described(index)
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """(height, width, 0), from the image's header."""
-        return self._rows.bucket(index)
-
-
-@dataclass(frozen=True, eq=False)
-class Jsonl:
-    """One JSON object a line, in a file or in a folder's metadata.jsonl.
-
-        {"image": "a.png", "prompt": "make it red", "references": ["b.png"], "mask": "m.png"}
-
-    Keys: `image` (or `file_name`), `prompt` (or, without it, `text`), and optionally `references`
-    and `mask` (white where an edit may change the last reference). All others, and what is in an
-    object `meta`, become the record's meta: `id`, if given, differs from line to line; beside a
-    `prompt`, `text` is what the image should spell (a string or several), and `text_box` where:
-    [left, top, right, bottom] in parts of the cropped image. Image paths are relative to the file's
-    folder. References take the size of the target.
-
-    Attributes:
-        path: the file, or a folder with a metadata.jsonl.
-        sizes: [h, w] of the buckets; a target goes to the one of nearest aspect.
-        stamp: changes with any line, and any image's size or time; it keeps caches honest.
-
-    Raises:
-        InputError: no such file, no lines, a line that is no such object, a path that leads out of
-            the folder or to no image file, an `id` given twice, wrong sizes.
-    """
-
-    path: str
-    sizes: Sequence[Sequence[int]] = ((64, 64),)
-    stamp: str = field(init=False)
-    _rows: Rows[Row] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        file = Path(self.path).expanduser()
-        if file.is_dir():
-            file = file / "metadata.jsonl"
-        rows = [_image_row(obj, file.parent, where) for where, obj in read_objects(file)]
-        _fill(self, Rows(rows, checked_sizes(self.sizes)))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        """Raises UnreadableRecord for a damaged image."""
-        return _record(self._rows, index)
-
-    def describe(self, index: int) -> Record:
-        """The record without images; nothing is read."""
-        return self._rows.described(index)
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """(height, width, number of references), from the target's header."""
-        return self._rows.bucket(index)
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """Prompts alone, for methods that make their own images; black targets say the size.
-
-    A .txt has a prompt a line; a .jsonl has objects as for `Jsonl`, whose `image` and `mask` are
-    not read. Empty lines are passed over.
-
-    Attributes:
-        path: the file.
-        height, width: of the images to make.
-        stamp: changes with any line.
-
-    Raises:
-        InputError: no such file, another ending, no prompts, a line that is no such object or has
-            references, an `id` given twice, a side that is no multiple of 16.
-    """
-
-    path: str
-    height: int = 64
-    width: int = 64
-    stamp: str = field(init=False)
-    _rows: Rows[Row] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        file, sizes = Path(self.path).expanduser(), checked_sizes([[self.height, self.width]])
-        if file.suffix == ".jsonl":
-            rows = [_prompt_row(obj, where) for where, obj in read_objects(file)]
-        elif file.suffix == ".txt":
-            rows = [Row(line) for _, line in read_lines(file)]
-        else:
-            raise InputError(f"{file} ends neither in .txt nor in .jsonl: give a file of prompts")
-        _fill(self, Rows(rows, sizes))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        return _record(self._rows, index)
-
-    def describe(self, index: int) -> Record:
-        """The record without images; nothing is read."""
-        return self._rows.described(index)
-
-    def bucket_of(self, index: int) -> tuple[int, int, int]:
-        """(height, width, 0)."""
-        return self._rows.bucket(index)
-
-
 # -- rows ----------------------------------------------------------------------------------------
 
 
@@ -223,6 +62,10 @@ class Unread(Protocol):
 
     def sized_by(self) -> Path | None:
         """What Pillow opens for the size that decides the bucket; None: a blank target."""
+        ...
+
+    def record(self, index: int, size: Size) -> Record:
+        """Its images, which cover `size`. Raises UnreadableRecord for a damaged one."""
         ...
 
 
@@ -270,6 +113,28 @@ class Rows(Generic[R]):
         return *size, len(row.references)
 
 
+class RowDataset(Generic[R]):
+    """A dataset (`flux2.data.record.Dataset`) over rows, which its class finds."""
+
+    _rows: Rows[R]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises UnreadableRecord for a damaged image."""
+        row = self._rows.at(index)
+        return row.record(index, self._rows.size(row))
+
+    def describe(self, index: int) -> Record:
+        """The record without images; nothing is read."""
+        return self._rows.described(index)
+
+    def bucket_of(self, index: int) -> tuple[int, int, int]:
+        """(height, width, number of references), from the header of the target."""
+        return self._rows.bucket(index)
+
+
 @dataclass(frozen=True)
 class Row:
     """A record before its files are read; without `image` its target is blank."""
@@ -290,7 +155,7 @@ class Row:
         return self.image
 
     def record(self, index: int, size: Size) -> Record:
-        """Its images, which cover `size`. Raises UnreadableRecord for a damaged one."""
+        """See `Unread`."""
         image = None if self.image is None else read_image(self.image)
         references, mask = [read_image(r) for r in self.references], None
         if self.mask is not None:
@@ -303,9 +168,124 @@ class Row:
         return Record(index, self.prompt, target, covers, mask, meta=self.meta)
 
 
-def _record(rows: Rows[Row], index: int) -> Record:
-    row = rows.at(index)
-    return row.record(index, rows.size(row))
+# -- datasets ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Folder(RowDataset[Row]):
+    """Images with a caption each: `cat.jpg` beside `cat.txt`, in subfolders as well.
+
+    Records are in order of their paths; names that begin with a dot are passed over. `meta` has
+    `file`, the path in the folder.
+
+    Attributes:
+        path: the folder.
+        sizes: [h, w] of the buckets; an image goes to the one of nearest aspect.
+        stamp: changes with any file's name, size or time, or a caption; it keeps caches honest.
+
+    Raises:
+        InputError: no such folder, no images, a caption that is missing, empty or not UTF-8, two
+            images that share one, wrong sizes.
+    """
+
+    path: str
+    sizes: Sequence[Sequence[int]] = ((64, 64),)
+    stamp: str = field(init=False)
+    _rows: Rows[Row] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise InputError(f"{root} is no folder: set data.dataset.path to a folder of images")
+        files = sorted(
+            (f for f in root.rglob("*") if f.suffix.lower() in FORMATS and _shown(f, root)),
+            key=lambda f: f.relative_to(root).as_posix(),
+        )
+        if not files:
+            raise InputError(f"{root} holds no image: it takes {', '.join(sorted(FORMATS))}")
+        owners: dict[Path, Path] = {}
+        for file in files:
+            other = owners.setdefault(file.with_suffix(".txt"), file)
+            if other != file:
+                raise InputError(f"{file} has the same caption file as {other.name}: rename one")
+        rows = [
+            Row(_caption(text), file, meta={"file": file.relative_to(root).as_posix()})
+            for text, file in owners.items()
+        ]
+        _fill(self, Rows(rows, checked_sizes(self.sizes)))
+
+
+@dataclass(frozen=True, eq=False)
+class Jsonl(RowDataset[Row]):
+    """One JSON object a line, in a file or in a folder's metadata.jsonl.
+
+        {"image": "a.png", "prompt": "make it red", "references": ["b.png"], "mask": "m.png"}
+
+    Keys: `image` (or `file_name`), `prompt` (or, without it, `text`), and optionally `references`
+    and `mask` (white where an edit may change the last reference). All others, and what is in an
+    object `meta`, become the record's meta: `id`, if given, differs from line to line; beside a
+    `prompt`, `text` is what the image should spell (a string or several), and `text_box` where:
+    [left, top, right, bottom] in parts of the cropped image. Image paths are relative to the file's
+    folder. References take the size of the target.
+
+    Attributes:
+        path: the file, or a folder with a metadata.jsonl.
+        sizes: [h, w] of the buckets; a target goes to the one of nearest aspect.
+        stamp: changes with any line, and any image's size or time; it keeps caches honest.
+
+    Raises:
+        InputError: no such file, no lines, a line that is no such object, a path that leads out of
+            the folder or to no image file, an `id` given twice, wrong sizes.
+    """
+
+    path: str
+    sizes: Sequence[Sequence[int]] = ((64, 64),)
+    stamp: str = field(init=False)
+    _rows: Rows[Row] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        file = Path(self.path).expanduser()
+        if file.is_dir():
+            file = file / "metadata.jsonl"
+        rows = [_image_row(obj, file.parent, where) for where, obj in read_objects(file)]
+        _fill(self, Rows(rows, checked_sizes(self.sizes)))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts(RowDataset[Row]):
+    """Prompts alone, for methods that make their own images; black targets say the size.
+
+    A .txt has a prompt a line; a .jsonl has objects as for `Jsonl`, whose `image` and `mask` are
+    not read. Empty lines are passed over.
+
+    Attributes:
+        path: the file.
+        height, width: of the images to make.
+        stamp: changes with any line.
+
+    Raises:
+        InputError: no such file, another ending, no prompts, a line that is no such object or has
+            references, an `id` given twice, a side that is no multiple of 16.
+    """
+
+    path: str
+    height: int = 64
+    width: int = 64
+    stamp: str = field(init=False)
+    _rows: Rows[Row] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        file, sizes = Path(self.path).expanduser(), checked_sizes([[self.height, self.width]])
+        if file.suffix == ".jsonl":
+            rows = [_prompt_row(obj, where) for where, obj in read_objects(file)]
+        elif file.suffix == ".txt":
+            rows = [Row(line) for _, line in read_lines(file)]
+        else:
+            raise InputError(f"{file} ends neither in .txt nor in .jsonl: give a file of prompts")
+        _fill(self, Rows(rows, sizes))
+
+
+# -- files ----------------------------------------------------------------------------------------
 
 
 def _fill(dataset: Folder | Jsonl | Prompts, rows: Rows[Row]) -> None:
