@@ -190,30 +190,40 @@ class TurnMuon:
                     matrices.setdefault(role, {})[name] = twin
                 else:
                     rest.setdefault(role, {})[name] = p
-        self._muon = torch.optim.Muon(
-            _groups(matrices, lr), lr=lr, momentum=momentum, weight_decay=weight_decay
-        )
-        self._adamw = TurnAdamW(rest, adamw_lr, betas)
+        # LoRA leaves nothing to AdamW, and torch refuses an optimizer of nothing.
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            groups = _groups(matrices, lr)
+            self._parts.append(
+                torch.optim.Muon(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+            )
+        if rest:
+            self._parts.append(TurnAdamW(rest, adamw_lr, betas))
         self._twins = {id(p): twin for twin, p in self._flat}
-        self._matrices = {id(p) for group in self._muon.param_groups for p in group["params"]}
+        self._owners = {
+            id(p): part for part in self._parts for g in part.param_groups for p in g["params"]
+        }
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Both optimizers' groups."""
-        return [*self._muon.param_groups, *self._adamw.param_groups]
+        return [group for part in self._parts for group in part.param_groups]
 
     def step(self) -> None:
         """Updates the groups of `active`."""
         for twin, p in self._flat:
             twin.grad = None if p.grad is None else p.grad.flatten(1)
-        with only(self._muon, self.active):
-            self._muon.step()
-        self._adamw.active = self.active
-        self._adamw.step()
+        for part in self._parts:
+            if isinstance(part, TurnAdamW):
+                part.active = self.active
+                part.step()
+            else:
+                with only(part, self.active):
+                    part.step()
 
     def _owner(self, parameter: nn.Parameter) -> tuple[torch.optim.Optimizer, nn.Parameter]:
         mine = self._twins.get(id(parameter), parameter)
-        return (self._muon if id(mine) in self._matrices else self._adamw), mine
+        return self._owners[id(mine)], mine
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """A matrix's momentum, or AdamW's moments."""
@@ -224,8 +234,8 @@ class TurnMuon:
     ) -> None:
         """The inverse of state_of."""
         optimizer, mine = self._owner(parameter)
-        if optimizer is self._adamw:
-            self._adamw.set_state(mine, state, updates)
+        if isinstance(optimizer, TurnAdamW):
+            optimizer.set_state(mine, state, updates)
         else:
             _set_state(optimizer, mine, state, {})
 

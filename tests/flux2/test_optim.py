@@ -120,6 +120,25 @@ def test_one_role_equals_torchs_muon_with_convolutions_as_matrices():
         torch.testing.assert_close(p, other[key], atol=1e-6, rtol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("name", ["block.lora_A", "head"])
+def test_muon_takes_matrices_alone_and_none(name):
+    """LoRA leaves nothing to AdamW, and a head alone nothing to Muon."""
+    mine, other = nn.Parameter(draw(4, 3, seed=1)), nn.Parameter(draw(4, 3, seed=1))
+    optimizer = muon({"model": {name: mine}})
+    optimizer.active = "model"
+    alone: torch.optim.Optimizer = (
+        torch.optim.AdamW([other], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+        if name == "head"
+        else torch.optim.Muon([other], lr=0.02, momentum=0.9, weight_decay=0.1)
+    )
+    for k in range(3):
+        mine.grad, other.grad = draw(4, 3, seed=20 + k), draw(4, 3, seed=20 + k)
+        optimizer.step()
+        alone.step()
+    torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-6)
+    assert optimizer.state_of(mine) and [g["role"] for g in optimizer.param_groups] == ["model"]
+
+
 @pytest.mark.parametrize("make", [adamw, muon])
 def test_its_state_resumes_exactly(make):
     first = two()
