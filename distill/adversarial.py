@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from distill._common import Renoise
-from flux2.errors import InputError
+from flux2.errors import BatchError, InputError
 from flux2.flow import LogitNormal, interpolate
 from flux2.losses import weighted
 from flux2.rng import Rng
@@ -72,7 +72,7 @@ class Adversarial:
     def loss(self, roles: Mapping[str, Any], batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """See `Critic`. Raises InputError for a batch without data."""
         if batch.x0 is None:
-            raise InputError(
+            raise BatchError(
                 "method.critic compares with data, and the batch has none: set "
                 "data.collate.latents=true with a dataset of images"
             )

@@ -35,7 +35,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill._common import check_scale
-from flux2.errors import InputError, check_positive
+from flux2.errors import BatchError, InputError, check_positive
 from flux2.flow import TimeDensity, Uniform, exact, expand
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
@@ -185,7 +185,7 @@ class FlowMapDistillation(Memoryless):
             seed = int(rng.shared("own").integers(1 << 62))
             batch = replace(batch, x0=self.own(roles["student"], batch, seed))
         elif batch.x0 is None:
-            raise InputError(
+            raise BatchError(
                 "the data has prompts alone: set data.collate.latents=true, or method.own to "
                 "'${sampler}' for the student's own samples"
             )

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flux2.errors import InputError, check_positive
+from flux2.errors import BatchError, InputError, check_positive
 from flux2.flow import LogitNormal, TimeDensity, expand, guide, velocity_from_x0, x0_from_velocity
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
@@ -148,7 +148,7 @@ class GuidanceDistillation(Memoryless):
             InputError: the condition has no empty prompt.
         """
         if cond.null is None:
-            raise InputError(
+            raise BatchError(
                 "guidance needs the empty prompt's condition: set data.collate.unconditional=true"
             )
         null = replace(cond.null, guidance=None)

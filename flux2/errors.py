@@ -12,6 +12,11 @@ class InputError(Exception):
     """
 
 
+class BatchError(InputError):
+    """The batches that data.collate makes lack what the method needs. A rehearsal (`flux2.plan`)
+    tells it before any weight is loaded."""
+
+
 def check_positive(values: Mapping[str, float]) -> None:
     """values: names within method → numbers. Raises InputError for one that is not above 0."""
     for name, value in values.items():

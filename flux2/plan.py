@@ -18,7 +18,7 @@ import torch
 from omegaconf import OmegaConf
 
 from flux2 import distributed
-from flux2.errors import InputError
+from flux2.errors import BatchError, InputError
 from flux2.files import write_json
 from flux2.footprint import Engine, Footprint, Prediction, engine_of
 
@@ -56,12 +56,18 @@ class Choice:
 
 def line(cfg: Any) -> str:
     """What a training run that is about to start will take, in one line; no weight is read. A run
-    does not end because its forecast fails: the line then says why."""
+    does not end because its forecast fails: the line then says why.
+
+    Raises:
+        BatchError: of the method, which is rehearsed.
+    """
     cuda = torch.cuda.is_available() and not str(cfg.engine.device).startswith("cpu")
     try:
         found = Footprint(cfg, cuda, brief=True).predict(
             engine_of(cfg.engine), distributed.size(), cfg.engine.checkpointing
         )
+    except BatchError:
+        raise
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         return f"memory: not predicted ({type(error).__name__}: {why})"

@@ -85,8 +85,11 @@ class _Role:
         return _Law(self(x, t, cond))
 
     def features(self, x: Tensor, t: Tensor, cond: Condition, block: int) -> tuple[Tensor, Tensor]:
-        """Raises InputError: what alignment's networks take is not known here."""
-        raise InputError("the plan does not know representation alignment: plan without align=")
+        """Raises InputError: what networks on hidden states take is not known here."""
+        raise InputError(
+            "the plan does not know networks that read hidden states: plan without align= and "
+            "critic="
+        )
 
     def states(
         self, x: Tensor, t: Tensor, cond: Condition, blocks: Sequence[int]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from flux2.errors import InputError
+from flux2.errors import BatchError, InputError
 from flux2.rng import Rng
 from flux2.types import Batch, Condition, Metrics, RoleSpec, Turn
 
@@ -85,7 +85,7 @@ class Alignment:
             InputError: the batch has no pixels.
         """
         if batch.images is None:
-            raise InputError("align needs the images' pixels: set data.collate.images=true")
+            raise BatchError("align needs the images' pixels: set data.collate.images=true")
         v, h = roles["model"].features(x, t, cond, self.block)
         with torch.no_grad():
             y = self.features(batch.images, batch.grid).to(h)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from flux2.distributed import gather, is_main
-from flux2.errors import InputError, check_positive
+from flux2.errors import BatchError, InputError, check_positive
 from flux2.flow import LogitNormal, TimeDensity
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
@@ -80,7 +80,7 @@ class DPO:
     ) -> Iterable[Sequence[Batch]]:
         """One update on the pairs. Raises InputError where the data are none."""
         if batch.x0 is None or "loser" not in batch.extra:
-            raise InputError(
+            raise BatchError(
                 "stage=dpo learns from pairs: give data=pairs data.dataset.path=<folder>"
             )
         self._losses = []

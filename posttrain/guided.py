@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux2.errors import InputError
+from flux2.errors import BatchError, InputError
 from flux2.flow import guide
 from flux2.types import Condition, RoleSpec
 
@@ -84,7 +84,7 @@ class Guided:
     ) -> tuple[Condition, Tensor, Tensor]:
         """See `posttrain.sft.Target`. Raises InputError without the empty prompt's condition."""
         if cond.null is None:
-            raise InputError(
+            raise BatchError(
                 "target=guided needs the empty prompt's condition: set data.collate.unconditional"
             )
         low, high = self.scale

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flux2.distributed import gather
-from flux2.errors import InputError, check_positive
+from flux2.errors import BatchError, check_positive
 from flux2.flow import LogitNormal, TimeDensity
 from flux2.losses import Noised, weighted
 from flux2.rng import Rng
@@ -127,7 +127,7 @@ def labelled(batch: Batch) -> Batch:
         return replace(both, x0=x0, extra={"label": label})
     label = batch.extra.get("label")
     if batch.x0 is None or label is None or not bool((label.abs() == 1).all()):
-        raise InputError(
+        raise BatchError(
             "stage=kto learns from pairs (data=pairs) or from images whose lines say "
             '"label": 1 or -1 (data=jsonl)'
         )

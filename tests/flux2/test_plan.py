@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 import run  # noqa: F401  (registers what conf/ interpolates)
-from flux2.errors import InputError
+from flux2.errors import BatchError, InputError
 from flux2.footprint import Engine, Footprint, Prediction
 from flux2.plan import GIB, Choice, fits, line, plan, recommend
 
@@ -139,6 +139,31 @@ def test_the_line_at_a_start_says_that_rewards_come_to_it() -> None:
     text = line(composed("stage=direct", "adapter=lora", "evaluation=none"))
     assert text.startswith("memory: ") and text.endswith(", the reward's networks aside")
     assert "for the pass of policy" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        (("stage=distill", "critic=ladd", "data.collate.latents=false"), "compares with data"),
+        (("stage=distill", "method=phased", "data.collate.latents=false"), "prompts alone"),
+        (("stage=guidance", "data.collate.unconditional=false"), "empty prompt's condition"),
+        (
+            (
+                "stage=sft", "target=guided", "method.target.scale=[3,3]",
+                "data.collate.unconditional=false",
+            ),
+            "empty prompt",
+        ),
+    ],
+    ids=lambda x: x[1] if isinstance(x, tuple) else "",
+)
+def test_batches_that_lack_what_the_method_needs_are_refused_before_weights(
+    stage: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(BatchError, match=says):
+        line(composed(*stage, "evaluation=none"))
+    fitting = [word for word in stage if not word.startswith("data.")]
+    assert line(composed(*fitting, "evaluation=none")).startswith("memory: ")
 
 
 def test_a_recipe_is_planned_as_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
