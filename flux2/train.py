@@ -394,10 +394,12 @@ def _saver(
 
 
 def _headline(cfg: DictConfig, model: Flux2, roles: Roles, lora: LoRA | None) -> str:
+    def adapted(name: str) -> str:
+        whole = roles.specs[name].kind == "projector"
+        return "" if whole or lora is None else f" (LoRA rank {lora.rank})"
+
     counts = ", ".join(
-        f"{name} {roles.count(name) / 1e6:.2f}M"
-        + (f" (LoRA rank {lora.rank})" if lora is not None else "")
-        for name in roles.trainable
+        f"{name} {roles.count(name) / 1e6:.2f}M{adapted(name)}" for name in roles.trainable
     )
     ranks = f", {distributed.size()} ranks" if distributed.size() > 1 else ""
     return (
