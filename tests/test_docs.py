@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -53,6 +55,16 @@ def test_most_commands_are_tried():
     """The pattern finds them, and few are left to the reader."""
     told = [overrides(c) for page in PAGES for c in commands(page.read_text())]
     assert len(told) > 130 and sum(t is None for t in told) < len(told) / 5
+
+
+def test_the_readmes_own_lines_draw_a_sign(monkeypatch: pytest.MonkeyPatch):
+    """As they stand there, by diffusers alone."""
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
+    said: dict[str, Any] = {}
+    exec(code, said)
+    reds = (np.asarray(said["image"]).astype(int) @ [2, -1, -1] > 200).mean()
+    assert said["image"].size == (64, 64) and 0.02 < reds < 0.6
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
