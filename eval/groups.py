@@ -155,9 +155,9 @@ def judge(cfg: Any, gave: Gave, may: str) -> tuple[Path, int]:
         InputError: for wrong settings, and where the folder holds what others have made.
     """
     from flux2.distributed import pick_device
+    from flux2.generate import check_sampled
     from flux2.lineage import ROLES, check_lineage, init_of, trained_rewards
     from flux2.model import check_initial, load_initial
-    from flux2.results import check_sampled
     from flux2.roles import velocity_of
     from flux2.scorer import Scorer, close
     from flux2.train import build

@@ -63,9 +63,9 @@ def _model(
 ) -> tuple[Evaluation | None, dict[str, Any]]:
     """The evaluation, and its ladder where there is one; on rank 0."""
     from flux2.distributed import pick_device
+    from flux2.generate import check_sampled
     from flux2.lineage import ROLES, check_lineage, init_of, result_role
     from flux2.model import check_initial, load_initial
-    from flux2.results import check_sampled
     from flux2.roles import velocity_of
     from flux2.train import build
 

@@ -146,6 +146,15 @@ def rank_chunks(records: list[Any], most: int) -> Iterator[tuple[list[Any], int]
             yield mine + [part[-1]] * (share - len(mine)), len(mine)
 
 
+def check_sampled(cfg: Any, init: Any, sampler: Sampler) -> None:
+    """Refuses a sampler that what cfg and `init` (`flux2.lineage.init_of`) start from cannot be
+    drawn by. Raises InputError."""
+    from flux2.results import policy_of
+
+    if policy_of(cfg, init) is not None:
+        sampler.check_policy()
+
+
 def sample(cfg: Any) -> Mapping[str, Any]:
     """stage=sample: images of `prompts`, or of a dataset's first records, with what made them."""
     from PIL import Image
@@ -156,7 +165,6 @@ def sample(cfg: Any) -> Mapping[str, Any]:
     from flux2.lineage import ROLES, check_lineage, init_of, schedule_hash, trained_rewards
     from flux2.log import grid as picture
     from flux2.model import check_initial, load_initial
-    from flux2.results import check_sampled
     from flux2.roles import velocity_of
     from flux2.runs import Run
     from flux2.train import build

@@ -19,7 +19,6 @@ from flux2 import sources
 from flux2.adapters import LoRA
 from flux2.checkpoint import load_checkpoint
 from flux2.errors import InputError
-from flux2.generate import Sampler
 from flux2.lineage import Init, allowed, inserted, resolve_init, rewards_of
 from flux2.model import Flux2, load_merged, network_of
 from flux2.policy import FILE
@@ -124,7 +123,7 @@ def lent(specs: Mapping[str, RoleSpec], found: Mapping[str, Init]) -> dict[str, 
     }
 
 
-def _policy(cfg: Any, init: Init | None) -> Path | None:
+def policy_of(cfg: Any, init: Init | None) -> Path | None:
     """The policy student that a run starts from; None where it starts from another model."""
     if init is not None:
         return init.run if init.manifest.get("policy") else None
@@ -135,17 +134,11 @@ def _policy(cfg: Any, init: Init | None) -> Path | None:
 def check_not_policy(cfg: Any, init: Init | None) -> None:
     """Refuses a policy student as the start of a training run: its transformer is no velocity of
     many steps, and no method trains it further. Raises InputError."""
-    if (student := _policy(cfg, init)) is not None:
+    if (student := policy_of(cfg, init)) is not None:
         raise InputError(
             f"{student} is a policy student, which is sampled and not trained: start from its "
             "teacher, or resume its own run"
         )
-
-
-def check_sampled(cfg: Any, init: Init | None, sampler: Sampler) -> None:
-    """Refuses a sampler that what the run starts from cannot be drawn by. Raises InputError."""
-    if _policy(cfg, init) is not None:
-        sampler.check_policy()
 
 
 def sources_of(specs: Mapping[str, RoleSpec], model: str) -> dict[str, Init]:

@@ -17,13 +17,13 @@ from flux2.adapters import LoRA
 from flux2.engine import Engine
 from flux2.errors import InputError
 from flux2.export import Target, check_target, export_run
-from flux2.generate import Sampler
+from flux2.generate import Sampler, check_sampled
 from flux2.latents import grid_ids
 from flux2.model import load_model
 from flux2.optim import LearningRate, TurnAdamW
 from flux2.policy import PolicyRole
 from flux2.rehearsal import rehearse
-from flux2.results import check_not_policy, check_sampled
+from flux2.results import check_not_policy
 from flux2.rng import Rng
 from flux2.roles import Roles, VelocityRole, velocity_of
 from flux2.samplers import sample_policy
