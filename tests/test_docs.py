@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import run
@@ -62,9 +63,12 @@ def test_the_readmes_own_lines_draw_a_sign(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     (code,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
     said: dict[str, Any] = {}
+    torch.manual_seed(0)  # the lines name no generator
     exec(code, said)
-    reds = (np.asarray(said["image"]).astype(int) @ [2, -1, -1] > 200).mean()
-    assert said["image"].size == (64, 64) and 0.02 < reds < 0.6
+    image = np.asarray(said["image"])
+    assert image.shape == (64, 64, 3)
+    # Flat grounds and letters on them: neither noise nor one colour.
+    assert image.std() > 30 and np.abs(np.diff(image.astype(int), axis=1)).mean() < 20
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
