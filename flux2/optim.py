@@ -154,6 +154,23 @@ class TurnAdamW(torch.optim.AdamW):
         _set_state(self, parameter, state, {"step": torch.tensor(float(updates))})
 
 
+class _Matrices(torch.optim.Muon):
+    """torch's Muon, which steps the active role's group."""
+
+    active: str | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Updates the groups of `active`."""
+        with only(self, self.active):
+            return super().step(closure)
+
+    def set_state(
+        self, parameter: nn.Parameter, state: Mapping[str, Tensor], updates: int
+    ) -> None:
+        """The inverse of state_of; Muon counts no updates."""
+        _set_state(self, parameter, state, {})
+
+
 class TurnMuon:
     """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for everything else.
 
@@ -191,11 +208,11 @@ class TurnMuon:
                 else:
                     rest.setdefault(role, {})[name] = p
         # LoRA leaves nothing to AdamW, and torch refuses an optimizer of nothing.
-        self._parts: list[torch.optim.Optimizer] = []
+        self._parts: list[_Matrices | TurnAdamW] = []
         if matrices:
             groups = _groups(matrices, lr)
             self._parts.append(
-                torch.optim.Muon(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+                _Matrices(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
             )
         if rest:
             self._parts.append(TurnAdamW(rest, adamw_lr, betas))
@@ -214,14 +231,10 @@ class TurnMuon:
         for twin, p in self._flat:
             twin.grad = None if p.grad is None else p.grad.flatten(1)
         for part in self._parts:
-            if isinstance(part, TurnAdamW):
-                part.active = self.active
-                part.step()
-            else:
-                with only(part, self.active):
-                    part.step()
+            part.active = self.active
+            part.step()
 
-    def _owner(self, parameter: nn.Parameter) -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    def _owner(self, parameter: nn.Parameter) -> tuple[_Matrices | TurnAdamW, nn.Parameter]:
         mine = self._twins.get(id(parameter), parameter)
         return self._owners[id(mine)], mine
 
@@ -234,10 +247,7 @@ class TurnMuon:
     ) -> None:
         """The inverse of state_of."""
         optimizer, mine = self._owner(parameter)
-        if isinstance(optimizer, TurnAdamW):
-            optimizer.set_state(mine, state, updates)
-        else:
-            _set_state(optimizer, mine, state, {})
+        optimizer.set_state(mine, state, updates)
 
 
 def global_norm(parameters: list[nn.Parameter]) -> Tensor:

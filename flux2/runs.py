@@ -221,10 +221,10 @@ def _resumable(cfg: DictConfig, path: Path) -> dict[str, Any] | None:
         return None
     old = read_json(path / MANIFEST)
     # A run that failed before its first checkpoint has nothing to lose: another may take its place.
-    lost = old["status"] == "failed" and not steps(path / "checkpoints")
+    vacant = old["status"] == "failed" and not steps(path / "checkpoints")
     if cfg.resume is not None and old["stage"] == cfg.stage.name:
         return old
-    if lost and cfg.resume in (None, "auto"):
+    if vacant and cfg.resume in (None, "auto"):
         return None
     if cfg.resume is not None:
         raise InputError(
